@@ -1,0 +1,132 @@
+"""The configuration of a guard: one dataclass, the same from Python, YAML, JSON and the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hf_gradguard.act import nonfinite as nonfinite_policies
+from hf_gradguard.act.registry import nearest
+from hf_gradguard.judge import Thresholds
+
+
+@dataclass(frozen=True)
+class GradGuardConfig:
+    """What the guard does. The defaults watch everything and act only on NaN and infinity.
+
+    Raises:
+        ValueError: on making one with an impossible value; the message names the field, the value and what would fit.
+
+    Example:
+        >>> GradGuardConfig(nonfinite="stop").replace(log_layers=True).nonfinite
+        'stop'
+    """
+
+    nonfinite: str = "skip:max_consecutive=20"
+    """When a gradient holds a NaN or an infinity: `skip` (make no update), `stop` (end training) or `observe` (only say
+    so; the update destroys the weights, as it would without the guard)."""
+    record: bool = True
+    """Whether to write a record of the run to `<output_dir>/gradguard/`."""
+    record_dir: str | None = None
+    """Where to write the record instead."""
+    record_every: int | str = "auto"
+    """Keep the norm of every parameter each so many windows, and of every layer in the others. `auto`: in all of them
+    until 128 MB have been written, then in every 2nd until 128 MB more, and so on."""
+    flush_seconds: float = 2.0
+    """Longest time that a finished window stays in memory before it is written, in seconds; what a `kill -9` can lose."""
+    weights_every: int = 100
+    """Measure weight norms, update-to-weight ratios and underflow each so many windows; 0 for never."""
+    log_layers: bool = False
+    """Whether the norm of every layer goes into the Trainer's log as well (`gradguard/layer_000/grad_norm` …)."""
+    check_loss_scaling: bool = True
+    """Whether to try, before training, if the model's loss is normalised as the Trainer believes (two forward passes
+    over two examples, only where a wrong answer matters: under accumulation, or on several processes)."""
+    thresholds: Thresholds = field(default_factory=Thresholds)
+    """Where the verdicts draw their lines."""
+
+    def __post_init__(self) -> None:
+        nonfinite_policies.policies.parse(self.nonfinite)
+        if self.record_every != "auto" and not (_is_whole(self.record_every) and int(self.record_every) >= 1):
+            raise ValueError(f"record_every={self.record_every!r} must be a whole number from 1, or 'auto'")
+        if not _is_whole(self.weights_every) or self.weights_every < 0:
+            raise ValueError(f"weights_every={self.weights_every!r} must be a whole number from 0 (0 for never)")
+        if not (isinstance(self.flush_seconds, (int, float)) and 0 <= self.flush_seconds < math.inf):
+            raise ValueError(f"flush_seconds={self.flush_seconds!r} must be a number of seconds from 0")
+        for name in ("record", "log_layers", "check_loss_scaling"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be true or false")
+        if not isinstance(self.thresholds, Thresholds):
+            raise ValueError(f"thresholds={self.thresholds!r} must be a Thresholds object (in YAML: a mapping)")
+
+    def replace(self, **options: Any) -> GradGuardConfig:
+        """A copy with some fields changed; raises ValueError as making one does."""
+        return self.from_dict({**_shallow(self), **options})
+
+    @classmethod
+    def from_dict(cls, options: dict[str, Any]) -> GradGuardConfig:
+        """The configuration that plain values describe; what is not given keeps its default.
+
+        Raises:
+            ValueError: for an unknown option (the message names the nearest known one) or an impossible value.
+        """
+        values = _check_names(cls, options, "")
+        thresholds = values.get("thresholds")
+        if isinstance(thresholds, dict):
+            values["thresholds"] = Thresholds(**_check_names(Thresholds, thresholds, "thresholds."))
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON values; the inverse of `from_dict`."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def load(cls, path: str | Path) -> GradGuardConfig:
+        """Reads a `.yaml`, `.yml` or `.json` file.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it can't be parsed or does not hold a configuration; the message names the file.
+        """
+        import yaml
+
+        path = Path(path)
+        text = path.read_text(encoding="utf-8")
+        try:
+            options = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+            if options is None:
+                options = {}
+            if not isinstance(options, dict):
+                raise ValueError(f"it holds a {type(options).__name__}, not a mapping of options to values")
+            return cls.from_dict(options)
+        except (ValueError, yaml.YAMLError) as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    def save(self, path: str | Path) -> None:
+        """Writes a file that `load` reads: JSON where the name ends in `.json`, else YAML."""
+        import yaml
+
+        path = Path(path)
+        options = self.to_dict()
+        text = json.dumps(options, indent=2) if path.suffix == ".json" else yaml.safe_dump(options, sort_keys=False)
+        path.write_text(text, encoding="utf-8")
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _shallow(config: GradGuardConfig) -> dict[str, Any]:
+    return {item.name: getattr(config, item.name) for item in dataclasses.fields(config)}
+
+
+def _check_names(owner: type, options: dict[str, Any], prefix: str) -> dict[str, Any]:
+    known = [item.name for item in dataclasses.fields(owner)]
+    for name in options:
+        if name not in known:
+            close = nearest(str(name), known)
+            raise ValueError(f"unknown option {prefix}{name!r}{close}. Known: {', '.join(known)}")
+    return dict(options)

@@ -1,0 +1,1 @@
+"""What the gradients are: layout of the parameters, norms, readings. Decides nothing."""
