@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from tqdm.auto import tqdm
 from transformers import (
     Trainer,
     TrainerCallback,
@@ -46,9 +47,7 @@ class GradGuardCallback(TrainerCallback, ExportableState):
 
     # The run
 
-    def on_init_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         trainer = calling_trainer(self)
         if trainer is not None:
             StandIn(trainer, "train", _Training(trainer, self))
@@ -69,7 +68,8 @@ class GradGuardCallback(TrainerCallback, ExportableState):
             start_step=state.global_step,
             is_main=state.is_world_process_zero,
         )
-        saved = state.stateful_callbacks.get(type(self).__name__)
+        states: Any = state.stateful_callbacks or {}  # typed as a list, holds a dictionary by name
+        saved = states.get(type(self).__name__)
         if state.global_step > 0 and isinstance(saved, dict) and "guard" in saved.get("attributes", {}):
             self._restore(saved["attributes"]["guard"], state.global_step)
         if trainer is None:
@@ -81,6 +81,8 @@ class GradGuardCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.end("finished")
+        if self.guard is not None and state.is_world_process_zero:
+            tqdm.write(self.guard.summary())
 
     def end(self, status: str, message: str = "") -> None:
         """Ends the guarded run, if there is one: everything that was stood in front of is put back, the record is
@@ -105,16 +107,12 @@ class GradGuardCallback(TrainerCallback, ExportableState):
         if self.guard is not None:
             self.guard.after_step(updated=not getattr(kwargs.get("optimizer"), "step_was_skipped", False))
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.guard is not None:
             self.guard.end_window()
             control.should_training_stop |= self.guard.should_stop
 
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.guard is not None:
             self.guard.flush()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,34 @@ from hf_gradguard.act import clipping
 from hf_gradguard.act.nonfinite import Decision, drop_gradients, policies
 from hf_gradguard.config import GradGuardConfig
 from hf_gradguard.events import Event
-from hf_gradguard.judge import Judge, Verdict, stacks_of
+from hf_gradguard.judge import SEVERITY, Judge, Verdict, stacks_of
 from hf_gradguard.observe.layout import Layout, read_layout
-from hf_gradguard.observe.norms import HostCopy, Measurement
+from hf_gradguard.observe.norms import NO_GRADIENT, HostCopy, Measurement
 from hf_gradguard.observe.reading import Reading
 from hf_gradguard.observe.weights import WeightProbe, WeightReading
 from hf_gradguard.record.writer import RecordWriter, Window
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass
+class _Window:
+    """What is known so far of the window under way."""
+
+    micro_batches: int = 0
+    loss: Tensor | None = None
+    loss_copy: HostCopy | None = None
+    measurement: Measurement | None = None
+    reading: Reading | None = None
+    decision: Decision | None = None
+    coefficient: float | None = None
+    probe: WeightProbe | None = None
+    updated: bool = True
+
+    @property
+    def is_dropped(self) -> bool:
+        """Whether the optimizer must not see these gradients."""
+        return self.decision in ("skip", "stop")
 
 
 class GradGuard:
@@ -92,8 +113,8 @@ class GradGuard:
         self._started = time.monotonic()
         self._record: RecordWriter | None = None
         self._is_open = True
+        self._window = _Window()
         self._read_layout()
-        self._forget_window()
 
     # One window, from the first backward pass to the optimizer's step
 
@@ -108,10 +129,10 @@ class GradGuard:
             loss: what was back-propagated, a scalar.
             complete: whether this was the window's last one, so that its gradients are final.
         """
-        self._micro_batches += 1
+        self._window.micro_batches += 1
         if loss is not None:
             loss = loss.detach()
-            self._loss = loss if self._loss is None else self._loss + loss
+            self._window.loss = loss if self._window.loss is None else self._window.loss + loss
         if complete and self._on_gpu and not self._has_scaler:
             # Queued here, the norms reach the host with the Trainer's own wait for the loss. Under a scaler they are
             # final only after it has unscaled them.
@@ -131,31 +152,24 @@ class GradGuard:
         Returns:
             The total norm before clipping.
         """
-        self._measure()
-        assert self._measurement is not None
-        if self._reads_late:
-            total, _ = clipping.trainers_own(self._measurement, parameters, max_norm, None, stock)
-            return total
-        reading = self._read()
-        if self._decision in ("skip", "stop") or always or (self._decision == "observe"):
-            total = stock() if self._decision in (None, "observe") or always else torch.tensor(reading.total_norm)
-            if self._decision is None:
-                self._coefficient = min(1.0, max_norm / (reading.total_norm + 1e-6))
-        else:
-            total, self._coefficient = clipping.trainers_own(
-                self._measurement, parameters, max_norm, reading.total_norm, stock
-            )
-        return total
+        measurement = self._measure()
+        total_norm = None if self._reads_late else self._read().total_norm
+        if total_norm is not None and self._window.is_dropped and not always:
+            return torch.tensor(total_norm)
+        if always or self._window.decision == "observe":
+            return stock()
+        found, self._window.coefficient = clipping.trainers_own(measurement, parameters, max_norm, total_norm, stock)
+        return found
 
     def before_step(self) -> None:
         """To be called when clipping is done and the optimizer is about to step: a skip takes place here."""
         self._measure()
         if not self._reads_late:
             self._read()
-        if self._decision in ("skip", "stop"):
-            drop_gradients(self._model.parameters())
+        if self._window.is_dropped:
+            drop_gradients(self._everything)
         elif self._wants_weights():
-            self._probe = WeightProbe(self._tensors, through_fp16=self._has_scaler)
+            self._window.probe = WeightProbe(self._tensors, through_fp16=self._has_scaler)
 
     def after_step(self, *, updated: bool = True) -> None:
         """To be called after the optimizer's step.
@@ -164,24 +178,25 @@ class GradGuard:
             updated: False if the optimizer made no update, as under a scaler that met an infinity.
         """
         self._read()
-        self._updated = updated and self._decision not in ("skip", "stop")
-        if self._probe is not None and self._updated:
-            self.weights = self._probe.finish()
+        self._window.updated = updated and not self._window.is_dropped
+        if self._window.probe is not None and self._window.updated:
+            self.weights = self._window.probe.finish()
 
     def end_window(self) -> None:
         """To be called when the window is over: judges, counts and records it."""
-        reading = self._read()
+        window, reading = self._window, self._read()
         self.step_number = reading.step
         self.windows += 1
-        self.updates += self._updated
-        self.clipped += self._coefficient is not None and self._coefficient < 1
+        self.updates += window.updated
+        self.clipped += window.coefficient is not None and window.coefficient < 1
+        measured = self.weights if window.probe is not None and window.updated else None
         if self._record is not None:
             self._record.window(self._row(reading))
-        if self._probe is not None and self.weights is not None and self._record is not None:
-            self._record.weights(reading.step, self.weights.norms, self.weights.update_ratios)
-        if self._updated and not reading.nonfinite:
-            self._pass_judgement(reading)
-        self._forget_window()
+            if measured is not None:
+                self._record.weights(reading.step, measured.norms, measured.update_ratios)
+        if window.updated and not reading.nonfinite:
+            self._pass_judgement(reading, measured)
+        self._window = _Window()
 
     def step(self, loss: Tensor | None = None, num_tokens: int | None = None) -> None:
         """One micro-batch of your own loop, after `accelerator.backward(loss)`: in the last of a window it does what
@@ -236,12 +251,27 @@ class GradGuard:
 
     def say(self, event: Event) -> None:
         """Adds an event to the list, the record and the log."""
+        is_news = event.kind != "healthy" or any(earlier.kind in SEVERITY for earlier in self.events)
         self.events.append(event)
         if self._record is not None:
             self._record.event(event)
         if self._is_main:
-            level = logging.INFO if event.kind == "healthy" else logging.WARNING
-            logger.log(level, "GradGuard: step %d: %s", event.step, event.message)
+            logger.log(
+                logging.WARNING if is_news else logging.INFO,
+                "GradGuard, update %d: %s: %s",
+                event.step,
+                event.kind,
+                event.message,
+            )
+
+    def summary(self) -> str:
+        """What came of the run, in a few lines for people."""
+        counts = [f"{self.updates} updates"]
+        counts += [f"{count} {what}" for what, count in (("clipped", self.clipped), ("skipped", self.skipped)) if count]
+        lines = [str(self.verdict), f"Run:     {', '.join(counts)}"]
+        if self._record is not None:
+            lines.append(f"Record:  {self._directory} (see it with: gradguard report {self._directory.parent})")
+        return "GradGuard\n" + "\n".join(lines)
 
     def flush(self) -> None:
         """Writes to disk what the record still holds in memory."""
@@ -301,30 +331,34 @@ class GradGuard:
                 flush_seconds=self.config.flush_seconds,
             )
 
-    def _measure(self) -> None:
-        if self._measurement is not None:
-            return
-        if [parameter.requires_grad for parameter in self._everything] != self._trainable:
-            self._read_layout()
-        self._measurement = Measurement(self._tensors)
-        self._loss_copy = None if self._loss is None else HostCopy(self._loss.double())
+    def _measure(self) -> Measurement:
+        window = self._window
+        if window.measurement is None:
+            if [parameter.requires_grad for parameter in self._everything] != self._trainable:
+                self._read_layout()
+            window.measurement = Measurement(self._tensors)
+            window.loss_copy = None if window.loss is None else HostCopy(window.loss.double())
+        return window.measurement
 
     def _read(self) -> Reading:
         """Takes delivery of the norms, and decides what to do about this window."""
-        if self._is_read and self.reading is not None:
-            return self.reading
-        self._measure()
-        assert self._measurement is not None
-        self.reading = Reading(
-            step=self.step_number + 1,
-            layout=self.layout,
-            parameter_norms=self._measurement.norms(),
-            loss=None if self._loss_copy is None else float(self._loss_copy.values()),
-            learning_rate=self._learning_rate(),
-        )
-        self._is_read = True
-        self._decide(self.reading)
-        return self.reading
+        window = self._window
+        if window.reading is None:
+            window.reading = self.reading = Reading(
+                step=self.step_number + 1,
+                layout=self.layout,
+                parameter_norms=self._measure().norms(),
+                loss=None if window.loss_copy is None else float(window.loss_copy.values()),
+                learning_rate=self._learning_rate(),
+            )
+            self._decide(window.reading)
+            if self.windows == 0 and bool(np.all(window.reading.parameter_norms == NO_GRADIENT)):
+                message = (
+                    "no parameter has a gradient in .grad when the optimizer is about to step, so there is nothing to "
+                    "watch; an optimizer that updates inside the backward pass leaves none"
+                )
+                self.say(Event("warning", window.reading.step, message=message))
+        return window.reading
 
     @property
     def _has_scaler(self) -> bool:
@@ -348,16 +382,17 @@ class GradGuard:
 
     def _decide(self, reading: Reading) -> None:
         bad = reading.nonfinite
-        self._decision = self._nonfinite.decide(bool(bad))
-        if self._decision is None:
-            return
-        if self._has_scaler and self._decision == "skip":
+        decision = self._nonfinite.decide(bool(bad))
+        if decision == "skip" and self._has_scaler:
             # The scaler looks for its scale by overflowing: it skips the update by itself, and that is no alarm.
             return
-        self.skipped += self._decision != "observe"
-        self.should_stop |= self._decision == "stop"
-        self.say(self._nonfinite_event(reading, bad, self._decision))
-        if self._decision == "stop":
+        self._window.decision = decision
+        if decision is None:
+            return
+        self.skipped += self._window.is_dropped
+        self.should_stop |= decision == "stop"
+        self.say(self._nonfinite_event(reading, bad, decision))
+        if decision == "stop":
             message = f"training ends: {self.config.nonfinite} allows no further window with non-finite gradients"
             self.say(Event("stopped", reading.step, action="stop", message=message))
 
@@ -377,16 +412,15 @@ class GradGuard:
             step=reading.step,
             parameter=name,
             layer=self.layout.groups[self.layout.parameters[index].group].name,
-            micro_batch=0 if self._micro_batches == 1 else None,
+            micro_batch=0 if self._window.micro_batches == 1 else None,
             value=value,
             action=action,
             message=f"the gradient of {name}{others} holds {'NaN' if value != value else 'infinity'}; {done}",
         )
 
-    def _pass_judgement(self, reading: Reading) -> None:
-        if self._probe is not None and self.weights is not None:
-            shares = (self.weights.zero_share, self.weights.stalled_share)
-            self._judge.probe(*(self._layer_means(share) for share in shares))
+    def _pass_judgement(self, reading: Reading, measured: WeightReading | None) -> None:
+        if measured is not None:
+            self._judge.probe(self._layer_means(measured.zero_share), self._layer_means(measured.stalled_share))
         verdict = self._judge.update(reading.layer_norms(), reading.total_norm)
         if verdict is None:
             return
@@ -407,7 +441,7 @@ class GradGuard:
         sizes = np.array([info.numel for info in self.layout.parameters]) * known
         sums = self.layout.group_squares(np.where(known, share, 0.0) * sizes)
         totals = self.layout.group_squares(sizes.astype(np.float64))
-        means = np.divide(sums, totals, out=np.full(totals.shape, np.nan), where=totals > 0)
+        means: NDArray[np.float64] = np.divide(sums, totals, out=np.full(totals.shape, np.nan), where=totals > 0)
         return means[list(self.layout.layers)]
 
     # Record
@@ -419,8 +453,8 @@ class GradGuard:
             learning_rate=reading.learning_rate,
             total_norm=reading.total_norm,
             norms=reading.parameter_norms,
-            clip_coefficient=self._coefficient,
-            updated=self._updated,
+            clip_coefficient=self._window.coefficient,
+            updated=self._window.updated,
             seconds=time.monotonic() - self._started,
         )
 
@@ -428,17 +462,6 @@ class GradGuard:
         if self.config.record_dir is not None:
             return Path(self.config.record_dir)
         return Path(output_dir or getattr(self._accelerator, "project_dir", None) or ".") / "gradguard"
-
-    def _forget_window(self) -> None:
-        self._measurement: Measurement | None = None
-        self._loss: Tensor | None = None
-        self._loss_copy: HostCopy | None = None
-        self._micro_batches = 0
-        self._is_read = False
-        self._decision: Decision | None = None
-        self._coefficient: float | None = None
-        self._probe: WeightProbe | None = None
-        self._updated = True
 
 
 def depth_ratio(norms: Sequence[float]) -> float | None:

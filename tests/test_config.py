@@ -52,7 +52,9 @@ def test_a_wrong_option_is_named_with_its_value_and_the_remedy(options: dict[str
             assert word in str(error.value)
 
 
-@pytest.mark.parametrize(("name", "text"), [("a.yaml", "a: [1"), ("b.json", "{"), ("c.yaml", "- 1"), ("d.yaml", "x: 1")])
+@pytest.mark.parametrize(
+    ("name", "text"), [("a.yaml", "a: [1"), ("b.json", "{"), ("c.yaml", "- 1"), ("d.yaml", "x: 1")]
+)
 def test_an_unreadable_file_is_named(name: str, text: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=name):

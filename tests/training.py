@@ -103,7 +103,5 @@ class Snapshots(TrainerCallback):
         if not self.weights:
             self.weights.append(weights(kwargs["model"]))
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.weights.append(weights(kwargs["model"]))

@@ -41,4 +41,3 @@ def squared_norms(gradients: Sequence[Tensor], *, precise: bool = False) -> tupl
             part, _ = measure([gradients[index] for index in where], precise=precise)
             squares[torch.tensor(where, device=device)] = part.to(device)
     return squares, None
-

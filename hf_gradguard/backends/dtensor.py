@@ -10,16 +10,13 @@ from __future__ import annotations
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from hf_gradguard.backends import plain
-
-if TYPE_CHECKING:
-    from torch.distributed.tensor import DTensor
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -41,7 +38,7 @@ def device_of(tensor: Tensor) -> torch.device:
     return local_part(tensor).device
 
 
-def squared_norms(gradients: Sequence[DTensor], *, precise: bool = False) -> tuple[Tensor, None]:  # type: ignore[misc]
+def squared_norms(gradients: Sequence[Any], *, precise: bool = False) -> tuple[Tensor, None]:
     """See `hf_gradguard.backends.squared_norms`, of which this is the part for DTensors. A collective: call it on
     every rank, with the same gradients in the same order."""
     placed: dict[Any, list[int]] = defaultdict(list)

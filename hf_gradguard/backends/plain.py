@@ -33,7 +33,8 @@ def squared_norms(gradients: Sequence[Tensor], *, precise: bool = False) -> tupl
         # This is how torch's own `get_total_norm` ends, so that a clip by this total is the Trainer's to the bit.
         stock_total = torch.linalg.vector_norm(stacked) if dense[0].dtype == torch.float32 else None
         return stacked.double().square_(), stock_total
-    tiny, larger = [], []
+    tiny: list[int] = []
+    larger: list[int] = []
     for index, gradient in enumerate(dense):
         (tiny if gradient.numel() <= TINY and gradient.dtype != torch.float64 else larger).append(index)
     parts = [gradient if gradient.numel() <= SMALL else _row_norms(_values(gradient)) for gradient in dense]
@@ -53,7 +54,7 @@ def _row_norms(values: Tensor) -> Tensor:
     """L2 norms of the rows of a flat tensor, and of what is left over."""
     dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
     whole = values.numel() // ROW * ROW
-    norms = torch.linalg.vector_norm(values[:whole].view(-1, ROW), dim=1, dtype=dtype)
+    norms: Tensor = torch.linalg.vector_norm(values[:whole].view(-1, ROW), dim=1, dtype=dtype)
     if whole == values.numel():
         return norms
     return torch.cat([norms, torch.linalg.vector_norm(values[whole:], dtype=dtype)[None]])

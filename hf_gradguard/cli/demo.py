@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, default=Path("gradguard-demo"), help="folder for records and report")
     parser.add_argument("--layers", type=int, nargs="+", default=[12, 100], help="depths to train (default: 12 100)")
     parser.add_argument("--steps", type=int, default=150, help="updates for each depth (default: 150)")
-    parser.add_argument("--learning-rate", type=float, default=1e-3, help="peak learning rate (default: 0.001)")
+    parser.add_argument("--learning-rate", type=float, default=3e-3, help="peak learning rate (default: 0.003)")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and data order (default: 0)")
 
 
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
         folder = args.output / f"{layers}-layers"
         loss, ratio, verdict = train(layers, data, folder, args.steps, args.learning_rate, args.seed)
         rows.append((layers, loss, ratio, verdict, folder))
-        print(f"{layers} layers: {verdict.kind}, in {time.monotonic() - started:.0f} s. {verdict.message}", flush=True)
+        print(f"{layers} layers, after {time.monotonic() - started:.0f} s:\n{verdict}", flush=True)
     print("\nlayers    loss    first ÷ last layer's gradient    verdict")
     for layers, loss, ratio, verdict, _ in rows:
         print(f"{layers:6d}    {loss:.2f}    {ratio:29.1e}    {verdict.kind}")
@@ -78,13 +78,13 @@ def train(
         per_device_train_batch_size=BATCH,
         learning_rate=learning_rate,
         warmup_steps=min(20, steps // 5),
-        logging_steps=max(1, steps // 5),
+        logging_strategy="no",
         save_strategy="no",
         report_to="none",
         seed=seed,
     )
     callback = GradGuardCallback()
-    Trainer(BertLMHeadModel(config), arguments, train_dataset=data, callbacks=[callback]).train()  # type: ignore[arg-type]
+    Trainer(BertLMHeadModel(config), arguments, train_dataset=data, callbacks=[callback]).train()
     assert callback.guard is not None
     record = RunRecord.load(folder)
     profile = depth_profile(record.layer_norms[-10:])

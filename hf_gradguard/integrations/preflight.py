@@ -98,8 +98,8 @@ def _normalises_by_itself(trainer: Trainer) -> bool:
 def _two_examples(trainer: Trainer) -> dict[str, Any] | None:
     """Two collated training examples, taken without moving any iterator or random state of the training; None where
     that is not possible (a one-way stream)."""
-    loader = trainer.callback_handler.train_dataloader
-    dataset = getattr(loader, "dataset", None)
+    loader: Any = trainer.callback_handler.train_dataloader
+    dataset: Any = getattr(loader, "dataset", None)
     try:
         with _random_state_kept():
             if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__"):

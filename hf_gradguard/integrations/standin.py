@@ -33,7 +33,7 @@ class StandIn:
     def original(self, *args: Any, **kwargs: Any) -> Any:
         """What would be called without us."""
         if self._before is not _ABSENT:
-            return self._before(*args, **kwargs)  # type: ignore[operator]
+            return self._before(*args, **kwargs)
         return getattr(type(self._owner), self._name)(self._owner, *args, **kwargs)
 
     def stands_before_stock(self) -> bool:
@@ -59,4 +59,3 @@ class StandIn:
             delattr(self._owner, self._name)
         else:
             setattr(self._owner, self._name, self._before)
-

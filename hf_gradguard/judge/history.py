@@ -16,12 +16,13 @@ Row = NDArray[np.float64]
 _OPENING = 5
 """Updates whose median is the level that a run began with. Few, as one with an absurd learning rate explodes early."""
 _MEMORY = 1000
-"""Updates over which the long-term average of the total norm forgets. Many: an explosion must stay one while it lasts."""
+"""Updates that the long-term average of the total norm reaches back. Many, so that an explosion does not soon become
+what is usual."""
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What an occasional look at the precision of the weights found: shares from 0 to 1 `[layers]`, NaN where unknown."""
+    """What an occasional look at the precision found: shares from 0 to 1 `[layers]`, NaN where unknown."""
 
     zero_gradients: Row
     """Share of gradient elements that are exactly zero, where gradients pass through 16 bits."""

@@ -72,7 +72,7 @@ def depth_profile(norms: ArrayLike, *, starving_share: float = STARVING_SHARE) -
         raise ValueError("norms holds an infinite or negative number; leave updates with a non-finite gradient out")
     logs = _median_log(array)
     alive = np.flatnonzero(~np.isnan(logs))
-    absent = np.isnan(array).all(axis=0)
+    absent: NDArray[np.bool_] = np.all(np.isnan(array), axis=0)
     heights = logs[alive]
     top = _healthy_top(heights)
     return DepthProfile(

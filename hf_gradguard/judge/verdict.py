@@ -109,9 +109,8 @@ def _vanishing(stack: Stack, profile: DepthProfile, thresholds: Thresholds) -> V
         why + ".",
         "Put the normalisation before attention and MLP instead of after the sum (pre-norm), or scale the residual "
         "branches down at the start (ReZero, LayerScale, DeepNorm). Without changing the model: lower the learning "
-        "rate, lengthen the warm-up or use fewer layers, and start from a checkpoint before this or from the beginning: "
-        "what has come this far seldom recovers. Clipping the norm of all gradients does not help: it keeps the "
-        "proportions.",
+        "rate, lengthen the warm-up or use fewer layers, and start again or from a checkpoint before this: what has "
+        "come this far seldom recovers. Clipping the norm of all gradients does not help: it keeps the proportions.",
         profile.bottom_to_top,
         thresholds.vanishing,
         begins or first,
@@ -165,14 +164,11 @@ def _dead(stack: Stack, profile: DepthProfile, history: History, thresholds: Thr
     dead = [stack.layers[index] for index in profile.dead if zeros[index] >= thresholds.min_updates]
     if not dead or not (history.total_norms > 0).any():
         return None
-    several = len(dead) > 1
     return Verdict(
         "dead",
-        f"{len(dead)} of {len(stack.layers)} layers{_within(stack)} {'get' if several else 'gets'} no gradient: "
-        "it is exactly zero.",
+        f"no gradient reaches {len(dead)} of {len(stack.layers)} layers{_within(stack)}: it is exactly zero.",
         f"Over the last {len(history.norms)} updates the gradient of {_listed(dead)} was exactly zero, and others were "
-        f"not. So the loss does not depend on {'their' if several else 'its'} weights, or what {'they' if several else 'it'} "
-        "should get is lost on the way.",
+        "not. So the loss does not depend on the weights there, or their gradient is lost on the way.",
         "Look for an activation that is stuck at zero, a branch multiplied by a constant zero, a detach or no_grad in "
         "the forward pass, or a routing that never selects the layer. If the layer is meant to rest, freeze it with "
         "requires_grad=False: a frozen layer is no finding.",
@@ -247,7 +243,8 @@ def _healthy(stacks: Sequence[Stack], profiles: Sequence[DepthProfile]) -> Verdi
 
 
 def _least(rows: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
-    return np.min(rows, axis=0)  # NaN where any is unknown
+    least: NDArray[np.float64] = np.min(rows, axis=0)  # NaN where any is unknown
+    return least
 
 
 def _worst(shares: NDArray[np.float64]) -> int | None:

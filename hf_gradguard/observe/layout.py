@@ -99,9 +99,14 @@ class Layout:
                 f"squares have {squares.shape[-1]} entries on the last axis, the layout has {len(self.parameters)} "
                 "parameters; pass one entry a parameter, in the order of layout.parameters"
             )
-        order = np.argsort(self.group_of, kind="stable")
-        starts = np.searchsorted(self.group_of[order], np.arange(len(self.groups)))
+        order, starts = self._runs
         return np.add.reduceat(squares[..., order].astype(np.float64), starts, axis=-1)
+
+    @cached_property
+    def _runs(self) -> tuple[np.ndarray, np.ndarray]:
+        """An order in which each group's parameters stand together, and where each group begins in it."""
+        order = np.argsort(self.group_of, kind="stable")
+        return order, np.searchsorted(self.group_of[order], np.arange(len(self.groups)))
 
     def to_dict(self) -> dict[str, Any]:
         """The layout as JSON values."""
@@ -509,15 +514,28 @@ def _is_list_of_composites(module: nn.Module) -> bool:
     )
 
 
+def _elements(modules: nn.Module) -> list[nn.Module]:
+    """The elements of a list; one that stands in it twice comes twice, so that positions stay true."""
+    assert isinstance(modules, nn.ModuleList | nn.Sequential)
+    return [_unwrapped(element) for element in modules]
+
+
 def _read_stack(elements: nn.Module, path: Path, siblings: Sequence[nn.Module | nn.Parameter]) -> _Stack:
-    inside = list(_inside(elements))
-    ways = (way for way in (_is_told_of_tokens, _computes_attention) if any(map(way, inside)))
-    mixes = next(ways, _mixes_nothing)
+    mixes = _way_of_mixing(list(_inside(elements)))
     nested = [layer for element in _children(elements) for layer in _nested_layers(element, mixes)]
     if nested:
         return _Stack(path, [[layer] for layer in nested], mixes)
     lists = _parallel_lists(elements, siblings, mixes)
-    return _Stack(path, [list(layer) for layer in zip(*map(_children, lists), strict=True)], mixes)
+    return _Stack(path, [list(layer) for layer in zip(*map(_elements, lists), strict=True)], mixes)
+
+
+def _way_of_mixing(modules: Sequence[nn.Module]) -> Mixes:
+    """How attention is told among the modules of a stack; what merely computes a softmax must stand in a layer."""
+    if any(map(_is_told_of_tokens, modules)):
+        return _is_told_of_tokens
+    if any(_is_whole_layer(module, _computes_attention) for module in modules):
+        return _computes_attention
+    return _mixes_nothing
 
 
 def _nested_layers(stage: nn.Module, mixes: Mixes) -> list[nn.Module]:
@@ -532,7 +550,7 @@ def _nested_layers(stage: nn.Module, mixes: Mixes) -> list[nn.Module]:
 
 def _parallel_lists(elements: nn.Module, siblings: Sequence[nn.Module | nn.Parameter], mixes: Mixes) -> list[nn.Module]:
     """The list itself and, where it holds nothing but attention, the lists beside it that complete its layers."""
-    layers = _children(elements)
+    layers = _elements(elements)
     if not all(mixes(layer) and not _is_whole_layer(layer, mixes) for layer in layers):
         return [elements]
     return [
@@ -542,7 +560,7 @@ def _parallel_lists(elements: nn.Module, siblings: Sequence[nn.Module | nn.Param
         or (
             isinstance(sibling, nn.ModuleList)
             and len(sibling) == len(layers)
-            and not any(mixes(part) or isinstance(part, nn.Embedding) for part in _children(sibling))
+            and not any(mixes(part) or isinstance(part, nn.Embedding) for part in _elements(sibling))
         )
     ]
 

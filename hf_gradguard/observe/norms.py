@@ -67,7 +67,7 @@ class HostCopy:
         if vector.is_cuda:
             self._buffer = torch.empty(vector.shape, dtype=vector.dtype, pin_memory=True)
             self._buffer.copy_(vector, non_blocking=True)
-            self._arrived = torch.cuda.Event()
+            self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._arrived.record(torch.cuda.current_stream(vector.device))
         else:
             self._buffer = vector

@@ -26,7 +26,7 @@ def run_facts(model: nn.Module, args: Any, config: GradGuardConfig) -> dict[str,
     """
     parameters = list(model.parameters())
     trainable = [parameter for parameter in parameters if parameter.requires_grad]
-    model_config = getattr(model, "config", None)
+    model_config: Any = getattr(model, "config", None)
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "model": {

@@ -26,11 +26,11 @@ def group_norms(layout: Layout, norms: NDArray[np.floating]) -> NDArray[np.float
     missing = norms == NO_GRADIENT
     squares = norms.astype(np.float64)
     np.square(squares, out=squares)
-    if not missing.any():
-        return np.sqrt(layout.group_squares(squares))
     squares[missing] = 0.0
-    seen = layout.group_squares(~missing) > 0
-    return np.where(seen, np.sqrt(layout.group_squares(squares)), NO_GRADIENT)
+    result: NDArray[np.float64] = np.sqrt(layout.group_squares(squares))
+    if missing.any():
+        result[layout.group_squares(~missing) == 0] = NO_GRADIENT
+    return result
 
 
 def group_updates(

@@ -160,7 +160,8 @@ def _checksum(batch: Any) -> int:
     crc = 0
     for column in batch.columns:
         for part in (column.offsets, column.values) if hasattr(column, "offsets") else (column,):
-            crc = zlib.crc32(memoryview(np.ascontiguousarray(part.to_numpy(zero_copy_only=False))), crc)
+            values: Any = part.to_numpy(zero_copy_only=False)
+            crc = zlib.crc32(values, crc)
     return crc
 
 

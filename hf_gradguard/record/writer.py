@@ -116,6 +116,7 @@ class RecordWriter:
         self._norms = np.empty((_buffer_size(len(layout.parameters)), len(layout.parameters)), np.float32)
         self._detailed = np.zeros(len(self._norms), np.bool_)
         self._weights: list[tuple[int, NDArray[np.float64], NDArray[np.float64]]] = []
+        self._schemas = {files.WINDOWS: windows_schema(), files.WEIGHTS: weights_schema()}
         self._streams: dict[str, StreamWriter] = {}
         self._events: FileIO | None = None
 
@@ -242,8 +243,7 @@ class RecordWriter:
 
     def _append(self, name: str, columns: Mapping[str, NDArray[Any] | Ragged]) -> None:
         if name not in self._streams:
-            schema = windows_schema() if name == files.WINDOWS else weights_schema()
-            self._streams[name] = StreamWriter(self.path / name, schema)
+            self._streams[name] = StreamWriter(self.path / name, self._schemas[name])
         self._spent += self._streams[name].append(columns)
 
     def _give_up(self, error: OSError) -> None:

@@ -60,7 +60,10 @@ def test_classification_is_looked_at_as_well(tmp_path: Path) -> None:
     data = [{**row, "labels": torch.tensor(index % 2)} for index, row in enumerate(language_data(16))]
     callback = GradGuardCallback()
     run = Trainer(
-        BertForSequenceClassification(config), arguments(tmp_path, **ACCUMULATION), train_dataset=data, callbacks=[callback]
+        BertForSequenceClassification(config),
+        arguments(tmp_path, **ACCUMULATION),
+        train_dataset=data,
+        callbacks=[callback],
     )
     assert len(warnings_of(run, callback)) == 1
 

@@ -135,9 +135,13 @@ def test_the_count_of_skips_in_a_row_survives_a_resume(tmp_path: Path) -> None:
     model = make("bert")
     with torch.no_grad():
         next(model.parameters())[5] = torch.nan
-    first = trainer(model, tmp_path, GradGuardCallback(nonfinite="skip:max_consecutive=3"), max_steps=2, **{
-        key: value for key, value in options.items() if key != "max_steps"
-    })
+    first = trainer(
+        model,
+        tmp_path,
+        GradGuardCallback(nonfinite="skip:max_consecutive=3"),
+        max_steps=2,
+        **{key: value for key, value in options.items() if key != "max_steps"},
+    )
     first.train()
     callback = GradGuardCallback(nonfinite="skip:max_consecutive=3")
     resumed = trainer(make("bert"), tmp_path, callback, **options)
@@ -183,10 +187,20 @@ def test_hyperparameter_search_keeps_one_record_for_each_trial(tmp_path: Path) -
 
 def test_seq2seq_trainer_is_watched(tmp_path: Path) -> None:
     options = arguments(tmp_path).to_dict()
-    args = Seq2SeqTrainingArguments(**{
-        key: options[key]
-        for key in ("output_dir", "max_steps", "learning_rate", "logging_steps", "save_strategy", "report_to", "use_cpu")
-    })
+    args = Seq2SeqTrainingArguments(
+        **{
+            key: options[key]
+            for key in (
+                "output_dir",
+                "max_steps",
+                "learning_rate",
+                "logging_steps",
+                "save_strategy",
+                "report_to",
+                "use_cpu",
+            )
+        }
+    )
     callback = GradGuardCallback()
     run = Seq2SeqTrainer(model=make("t5"), args=args, train_dataset=language_data(64), callbacks=[callback])
     run.train()

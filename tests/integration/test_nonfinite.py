@@ -59,7 +59,13 @@ def test_the_bad_window_touches_no_weight_and_its_parameter_is_named(
 
 @pytest.mark.parametrize(
     "options",
-    [{"gradient_accumulation_steps": 2}, {"bf16": True}, {"max_grad_norm": 0.0}, {"optim": "sgd"}, {"optim": "adafactor"}],
+    [
+        {"gradient_accumulation_steps": 2},
+        {"bf16": True},
+        {"max_grad_norm": 0.0},
+        {"optim": "sgd"},
+        {"optim": "adafactor"},
+    ],
     ids=["accumulation", "bf16", "no_clipping", "sgd", "adafactor"],
 )
 def test_a_skip_is_a_true_skip_in_every_setting(options: dict[str, Any], tmp_path: Path) -> None:

@@ -1,0 +1,142 @@
+"""The record's size, and what happens when the disk takes no more."""
+
+from __future__ import annotations
+
+import logging
+import math
+import resource
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+from hf_gradguard.events import Event
+from hf_gradguard.observe.layout import Group, Layout, ParameterInfo
+from hf_gradguard.record.reader import RunRecord
+from hf_gradguard.record.writer import RecordWriter
+from samples import SMALL, layout_of, window_at
+
+BERT_PARTS = [
+    f"{module}.{kind}"
+    for module in (
+        "attention.self.query",
+        "attention.self.key",
+        "attention.self.value",
+        "attention.output.dense",
+        "attention.output.LayerNorm",
+        "intermediate.dense",
+        "output.dense",
+        "output.LayerNorm",
+    )
+    for kind in ("weight", "bias")
+]
+
+
+def size_of(directory):
+    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+
+
+@contextmanager
+def no_file_beyond(size):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("flush_seconds", [0, math.inf])
+@pytest.mark.parametrize("parameters", [1, 148, 1610])
+def test_a_record_keeps_within_its_size_at_any_rate_of_flushing(tmp_path, parameters, flush_seconds):
+    layout = layout_of({"layer 0": parameters})
+    rng = np.random.default_rng(0)
+    writer = RecordWriter(tmp_path, layout, {"arguments": "x" * 6000}, flush_seconds=flush_seconds)
+    count = 1500
+    for step in range(1, count + 1):
+        loss, rate, total, coefficient = rng.random(4)
+        norms = rng.random(parameters)
+        writer.window(
+            window_at(
+                step, 1, norms=norms, loss=loss, learning_rate=rate, total_norm=total, clip_coefficient=coefficient
+            )
+        )
+        if step % 100 == 0:
+            writer.weights(step, norms, norms)
+            writer.event(Event("spike", step, value=total, message="x" * 100))
+    writer.close("finished")
+    assert len(RunRecord.load(tmp_path).steps) == count
+    assert size_of(tmp_path) <= count * (4 * parameters + 64) + 64_000
+
+
+def test_the_names_of_16_000_parameters_take_a_quarter_of_the_fixed_size(tmp_path):
+    groups = tuple(Group(f"layer {index}", "layer", depth=index) for index in range(1000))
+    parameters = tuple(
+        ParameterInfo(f"bert.encoder.layer.{index}.{part}", index, "attention", (64, 64), "float32")
+        for index in range(1000)
+        for part in BERT_PARTS
+    )
+    RecordWriter(tmp_path, Layout(groups, parameters), {})
+    assert size_of(tmp_path) <= 16_000
+    assert RunRecord.load(tmp_path).layout.parameters == parameters
+
+
+def test_a_full_disk_is_one_warning_and_training_goes_on(tmp_path, caplog):
+    writer = RecordWriter(tmp_path, SMALL, {}, flush_seconds=math.inf)
+    with caplog.at_level(logging.WARNING), no_file_beyond(20_000):
+        for step in range(1, 2001):
+            writer.window(window_at(step))
+            writer.event(Event("spike", step))
+            writer.weights(step, np.ones(9), np.ones(9))
+        writer.flush()
+        writer.close("finished")
+    assert len(caplog.records) == 1
+    message = caplog.records[0].getMessage()
+    for part in (str(writer.path), "File too large", "make room on the disk"):
+        assert part in message
+    record = RunRecord.load(tmp_path)
+    steps = record.steps.tolist()
+    assert 64 <= len(steps) < 2000
+    assert steps == list(range(1, len(steps) + 1))
+    assert "not recorded to the end" in record.message
+    assert "File too large" in record.message
+
+
+def test_what_stands_after_a_failed_write_is_never_taken_for_its_end(tmp_path):
+    writer = RecordWriter(tmp_path, SMALL, {}, flush_seconds=math.inf)
+    for step in range(1, 65):
+        writer.window(window_at(step))
+    full = (writer.path / "windows.arrow").stat().st_size
+    with no_file_beyond(full + 500):
+        for step in range(65, 129):
+            writer.window(window_at(step))
+    writer.close("finished")
+    assert (writer.path / "windows.arrow").stat().st_size == full + 500
+    assert len(RunRecord.load(tmp_path).steps) == 64
+
+
+def test_a_directory_that_cannot_be_written_is_one_error_before_anything_is(tmp_path):
+    (tmp_path / "file").write_text("x")
+    for directory in (tmp_path / "file", tmp_path / "file" / "gradguard"):
+        with pytest.raises(OSError, match=r"can't be written to .*file.*; give an output directory"):
+            RecordWriter(directory, SMALL, {})
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_disk_that_is_full_at_the_start_leaves_no_segment_to_read(tmp_path):
+    with no_file_beyond(50), pytest.raises(OSError, match="can't be written"):
+        RecordWriter(tmp_path, SMALL, {})
+    with pytest.raises(ValueError, match="holds no record"):
+        RunRecord.load(tmp_path)
+
+
+def test_a_closed_writer_writes_no_more(tmp_path):
+    writer = RecordWriter(tmp_path, SMALL, {})
+    writer.window(window_at(1))
+    writer.close("finished")
+    before = size_of(tmp_path)
+    writer.window(window_at(2))
+    writer.event(Event("spike", 2))
+    writer.weights(2, np.ones(9), np.ones(9))
+    writer.close("failed")
+    assert size_of(tmp_path) == before
+    assert RunRecord.load(tmp_path).status == "finished"
