@@ -71,12 +71,15 @@ def train(
         intermediate_size=4 * WIDTH,
         max_position_embeddings=BLOCK,
         is_decoder=True,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
     )
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
         per_device_train_batch_size=BATCH,
         learning_rate=learning_rate,
+        lr_scheduler_type="constant_with_warmup",
         warmup_steps=min(20, steps // 5),
         logging_strategy="no",
         save_strategy="no",

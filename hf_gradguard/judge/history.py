@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -162,7 +163,7 @@ class History:
             self._drift += (math.log(total_norm) - self._opening_log() - self._drift) / _MEMORY
 
     def _opening_log(self) -> float:
-        return float(np.median(self._first_logs))
+        return statistics.median(self._first_logs)
 
     def _row(self, values: ArrayLike, name: str) -> Row:
         row = np.asarray(values, dtype=np.float64)

@@ -14,9 +14,9 @@ class Thresholds:
     """Every line that a verdict draws, with the measurements that put it there.
 
     They are of byte-level models 64 wide on real text, 60 to 1500 updates of 8 × 64 bytes with AdamW, clipped to a norm
-    of 1, with a warm-up of 20 updates: GPT-2, BERT, LLaMA and T5 of 4, 12 and 24 layers, GPT-2 and LLaMA of 100,
-    ReZero, zero-initialised branches, and some with batches of one example, without warm-up, and at learning rates from 1e-4
-    to 1e-2. All of these trained, and were healthy at every judgement; the exceptions are named where they matter.
+    of 1, with a warm-up of 20 updates: GPT-2, BERT, LLaMA and T5 of 4, 12 and 24 layers, GPT-2 and LLaMA of 100;
+    ReZero and zero-initialised branches; batches of one, no warm-up, and learning rates from 1e-4 to 1e-2. All of these
+    trained, and were healthy at every judgement; the exceptions are named where they matter.
 
     Raises:
         ValueError: on making one with an impossible value; the message names the field, the value and what would fit.

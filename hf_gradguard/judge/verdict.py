@@ -160,6 +160,8 @@ def _growth(history: History, thresholds: Thresholds) -> Verdict | None:
 
 def _dead(stack: Stack, profile: DepthProfile, history: History, thresholds: Thresholds) -> Verdict | None:
     """Whether layers got nothing but zeros while other parameters got a gradient."""
+    if not profile.dead.size:
+        return None
     zeros = np.count_nonzero(history.norms[:, list(stack.columns)] == 0, axis=0)
     dead = [stack.layers[index] for index in profile.dead if zeros[index] >= thresholds.min_updates]
     if not dead or not (history.total_norms > 0).any():

@@ -9,10 +9,11 @@ Each attempt at a run (a start, a resume, a change of what is trained) is a dire
 - `events.jsonl`: one line an event;
 - `end.json`: how it ended. Missing while it runs and after a kill.
 
-Size: at most 4 bytes a parameter a window, 64 bytes a window and 64 kB in all. Flushing by time keeps to that by itself:
-it waits where training is so slow that the frame of each flush (about 1 kB) would not be covered. What comes on top is
-that frame for each `flush` asked for by hand, and whatever events alone exceed it. With `record_every="auto"`, windows × parameters × 4 bytes may
-grow to 128 MB, then every 2nd window keeps its parameters until 128 MB more are there, then every 4th …; the norm of
-every group is there for every window. So 10,000 windows of 16,000 parameters in 1,000 layers take 315 MB in place
-of 640 (measured).
+Size: at most 4 bytes a parameter a window, 64 bytes a window and 64 kB in all. Flushing by time keeps to that by
+itself: it waits where training is so slow that the frame of each flush (about 1 kB) would not be covered. What comes on
+top is that frame for each `flush` asked for by hand, a `run.json` of more than some 40 kB, and events without end.
+
+With `record_every="auto"`, windows × parameters × 4 bytes may grow to 128 MB, then every 2nd window keeps its
+parameters until 128 MB more are there, then every 4th …; the norm of every group is there for every window. So 10,000
+windows of 16,000 parameters in 1,000 layers take 315 MB in place of 640 (measured).
 """

@@ -289,7 +289,10 @@ def _read_weights(path: Path, layout: Layout) -> tuple[NDArray[np.int64], Floats
     for batch in read_stream(path, weights_schema()):
         steps.append(batch["step"].to_numpy())
         for column, parts in (("weight_norms", norms), ("update_ratios", ratios)):
-            parts.append(_ragged(path, batch[column], width)[0].astype(np.float64))
+            rows, present = _ragged(path, batch[column], width)
+            table = np.full((len(present), width), np.nan)
+            table[present] = rows
+            parts.append(table)
     return np.concatenate(steps), np.concatenate(norms), np.concatenate(ratios)
 
 

@@ -35,7 +35,7 @@ _BYTES_A_FLUSH = 1_100
 _BUFFERED_WINDOWS = 64
 _BUFFERED_BYTES = 4_000_000
 _LEAST_BUFFERED_WINDOWS = 16
-_BYTES_A_LEVEL = 128_000_000
+BYTES_A_LEVEL = 128_000_000
 """How much `record_every="auto"` writes before it doubles the interval."""
 
 
@@ -199,7 +199,7 @@ class RecordWriter:
         if self._windows % self._every:
             return False
         self._level_bytes += _BYTES_A_NORM * self._norms.shape[1]
-        if self._adapts and self._level_bytes >= _BYTES_A_LEVEL:
+        if self._adapts and self._level_bytes >= BYTES_A_LEVEL:
             self._every *= 2
             self._level_bytes = 0
         return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+
 from hf_gradguard.observe.layout import Group, Layout, ParameterInfo
 from hf_gradguard.record.writer import Window
 

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from hf_gradguard.events import Event
 from hf_gradguard.record import files
 from hf_gradguard.record.reader import RunRecord
 from hf_gradguard.record.writer import RecordWriter
-from samples import layout_of, norms_at, window_at
+from tests.record.samples import layout_of, norms_at, window_at
 
 LAYOUT = layout_of({"layer 0": 200, "layer 1": 200})
 COUNT = len(LAYOUT.parameters)
@@ -63,7 +64,7 @@ def assert_gapless(record: RunRecord) -> None:
     assert len(steps) <= len(events) + 1
 
 
-@pytest.mark.parametrize(("number", "size"), enumerate(SIZES))
+@pytest.mark.parametrize(("number", "size"), list(enumerate(SIZES)))
 def test_a_killed_writer_leaves_a_gapless_record(tmp_path, number, size):
     # The first moments are those at which a segment has only begun to exist.
     watched = tmp_path / "segment-0000" / (files.RUN if number < 3 else files.WINDOWS)

@@ -9,11 +9,12 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
+
 from hf_gradguard.events import Event
 from hf_gradguard.observe.layout import Group, Layout, ParameterInfo
 from hf_gradguard.record.reader import RunRecord
 from hf_gradguard.record.writer import RecordWriter
-from samples import SMALL, layout_of, window_at
+from tests.record.samples import SMALL, layout_of, window_at
 
 BERT_PARTS = [
     f"{module}.{kind}"
