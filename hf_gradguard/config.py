@@ -39,7 +39,8 @@ class GradGuardConfig:
     flush_seconds: float = 2.0
     """Longest time that a finished window stays in memory before it is written, in seconds; what a `kill -9` can lose."""
     weights_every: int = 100
-    """Measure weight norms, update-to-weight ratios and underflow each so many windows; 0 for never."""
+    """Measure weight norms, update-to-weight ratios and underflow each so many windows, and once more after a quarter of
+    that; 0 for never."""
     log_layers: bool = False
     """Whether the norm of every layer goes into the Trainer's log as well (`gradguard/layer_000/grad_norm` …)."""
     check_loss_scaling: bool = True

@@ -19,9 +19,10 @@ from hf_gradguard.act.nonfinite import Decision, drop_gradients, policies
 from hf_gradguard.config import GradGuardConfig
 from hf_gradguard.events import Event
 from hf_gradguard.judge import SEVERITY, Judge, Verdict, stacks_of
-from hf_gradguard.observe.layout import Layout, read_layout
+from hf_gradguard.observe.layout import Layout
 from hf_gradguard.observe.norms import NO_GRADIENT, HostCopy, Measurement
 from hf_gradguard.observe.reading import Reading
+from hf_gradguard.observe.structure import read_layout
 from hf_gradguard.observe.weights import WeightProbe, WeightReading
 from hf_gradguard.record.writer import RecordWriter, Window
 
@@ -376,7 +377,8 @@ class GradGuard:
 
     def _wants_weights(self) -> bool:
         every = self.config.weights_every
-        return every > 0 and self.step_number % every == 0
+        # Underflow takes two probes to be believed; the first window's may have a learning rate of zero.
+        return every > 0 and (self.step_number % every == 0 or self.step_number == every // 4)
 
     # Judge and act
 

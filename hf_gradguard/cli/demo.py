@@ -21,13 +21,15 @@ example = "gradguard demo --output gradguard-demo"
 WIDTH = 64
 BLOCK = 64
 BATCH = 8
+INITIALIZER_RANGE = 0.02 * (768 / WIDTH) ** 0.5
+"""BERT's 0.02 is meant for a width of 768; so scaled, a narrow layer mixes its inputs as much as one of BERT-base."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, default=Path("gradguard-demo"), help="folder for records and report")
     parser.add_argument("--layers", type=int, nargs="+", default=[12, 100], help="depths to train (default: 12 100)")
     parser.add_argument("--steps", type=int, default=150, help="updates for each depth (default: 150)")
-    parser.add_argument("--learning-rate", type=float, default=3e-3, help="peak learning rate (default: 0.003)")
+    parser.add_argument("--learning-rate", type=float, default=1e-3, help="peak learning rate (default: 0.001)")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and data order (default: 0)")
 
 
@@ -71,6 +73,7 @@ def train(
         intermediate_size=4 * WIDTH,
         max_position_embeddings=BLOCK,
         is_decoder=True,
+        initializer_range=INITIALIZER_RANGE,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
     )

@@ -12,11 +12,14 @@ from typing import Any
 
 import altair as alt
 import numpy as np
+from numpy.typing import NDArray
 
 from hf_gradguard.events import Event
 from hf_gradguard.judge import SEVERITY
 from hf_gradguard.report.reduce import Cells, cells, curve
 from hf_gradguard.report.runs import Run
+
+Floats = NDArray[np.float64]
 
 HEAT_ROWS, HEAT_COLUMNS = 300, 250
 """Most blocks of updates and of layers in a heat map: about what a screen can show."""
@@ -34,8 +37,10 @@ SERIOUSNESS = {"exploding": "#c0362c", "vanishing": "#c0362c", "underflow": "#b2
 _HUES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito's, safe for all eyes
 _STATES = {"no gradient": "#dfe3e8", "exactly zero": "#D55E00", "NaN or infinite": "#CC79A7"}
 _INK, _QUIET, _LINE = "#1f2933", "#5f6b7a", "#e3e7ec"
+_LABEL = "datum.value >= 0.001 && datum.value < 10000 ? format(datum.value, '~g') : replace(format(datum.value, '~e'), '+', '')"
 _DECADES = 3
 """The least that the colours of a heat map span: what differs less than that in all looks even, as it is."""
+_EVENT_HUES = ("#CC79A7", "#E69F00", "#56B4E9", "#0072B2")
 _ACTS = ("nonfinite", "spike", "skipped", "rewound", "stopped", "warning")
 
 
@@ -90,9 +95,10 @@ def config() -> dict[str, Any]:
         "view": {"stroke": None},
         "axis": {**text, "gridColor": _LINE, "domainColor": "#c3cad3", "tickColor": "#c3cad3", "titlePadding": 8,
                  "labelOverlap": True},
-        "legend": {**text, "orient": "top", "direction": "horizontal", "offset": 8, "titleLimit": 400, "labelLimit": 260},
+        "legend": {**text, "orient": "top", "direction": "horizontal", "offset": 8, "titleLimit": 400,
+                   "labelLimit": 260},
         "header": text,
-        "title": {"anchor": "start", "fontSize": 14, "fontWeight": 600, "color": _INK, "subtitleColor": _QUIET,
+        "title": {"anchor": "start", "frame": "group", "fontSize": 14, "fontWeight": 600, "color": _INK, "subtitleColor": _QUIET,
                   "subtitleFontSize": 12, "offset": 12},
     }  # fmt: skip
 
@@ -102,61 +108,371 @@ def config() -> dict[str, Any]:
 
 def _heat_figure(runs: Sequence[Run]) -> Figure:
     reduced = [_cells(run, HEAT_ROWS // len(runs), HEAT_COLUMNS) for run in runs]
-    domain = _log_domain([summary.norms for summary in reduced])
+    domain = _log_domain([summary.norms for summary in reduced], outliers=1e-3)
     panels = [
         Panel(run.name if len(runs) > 1 else "", _heat_map(run, summary, domain))
         for run, summary in zip(runs, reduced, strict=True)
     ]
-    marks = " The dashed line is where the verdict was reached." if any(_line_step(run) for run in runs) else ""
     return Figure(
         "Which layers starve, and since when?",
-        "Gradient norm of every layer at every update, before clipping. The input is at the bottom, the output at the "
-        f"top; dark is little.{marks}",
+        "Gradient norm of every layer at every update, before clipping: dark is little. The input is at the bottom, "
+        "the output at the top.",
         tuple(panels),
     )
 
 
 def _cells(run: Run, rows: int, columns: int) -> Cells:
-    return cells(run.record.steps, run.layer_norms, run.nonfinite, run.stacks, rows, columns)
+    return cells(run.record.steps, run.layer_norms, run.nonfinite, run.stacks, max(1, rows), columns)
 
 
 def _heat_map(run: Run, summary: Cells, domain: tuple[float, float]) -> alt.LayerChart:
-    # Each cell reaches into those that are drawn after it: exact edges leave hairlines between cells.
-    table = [
-        (first - 0.5, last + 0.5 + 0.4 * (last - first + 1 if last < summary.last_step[-1] else 0),
-         members[0] - 0.5, members[-1] + 0.5 + (0.4 if members is not summary.layers[-1] else 0),
-         _layer_names(run, members), _span(first, last), *_number_or_state(norm))
-        for members, column in zip(summary.layers, summary.norms.T.tolist(), strict=True)
-        for first, last, norm in zip(summary.first_step.tolist(), summary.last_step.tolist(), column, strict=True)
-    ]  # fmt: skip
-    names = ("left", "right", "bottom", "top", "layer", "updates", "norm", "state")
-    scale = alt.Scale(type="log", domain=list(domain), scheme="viridis", clamp=True, nice=False)
-    color: Any = alt.Color("norm:Q", scale=scale, title="gradient norm", legend=_gradient_legend())
-    for state, hue in _STATES.items():
-        color = _when(f"datum.state === '{state}'", hue, color)
-    present = [state for state in _STATES if any(row[-1] == state for row in table)]
-    steps = (float(summary.first_step[0]) - 0.5, float(summary.last_step[-1]) + 0.5)
+    table = list(_heat_rows(run, summary))
     heat = (
-        alt.Chart(_data(names, table))
+        alt.Chart(_data(("left", "right", "bottom", "top", "layer", "updates", "norm", "state"), table))
         .mark_rect(clip=True)
         .encode(
-            x=alt.X("left:Q", scale=alt.Scale(domain=list(steps), nice=False), title="update", axis=_step_axis()),
+            x=_step_axis([run], "left"),
             x2="right:Q",
-            y=alt.Y("bottom:Q", scale=_depth_scale(run), title="layer", axis=_depth_axis(run)),
+            y=_depth_axis(alt.Y, run, "bottom"),
             y2="top:Q",
-            color=color,
+            color=_heat_color(domain),
             tooltip=["layer:N", "updates:N", alt.Tooltip("norm:Q", format=".3~g"), alt.Tooltip("state:N", title=" ")],
         )
     )
-    layers = [heat, *_state_legend(present), *_stack_borders(run), *_verdict_lines(run)]
-    return alt.layer(*layers).resolve_scale(color="independent").properties(height=_heat_height(run))
+    key = _state_key([state for state in _STATES if any(row[-1] == state for row in table)])
+    layers = [heat, *key, *_stack_borders(run), *_verdict_line(run)]
+    height = min(340, max(150, 14 * len(run.record.layers)))
+    return alt.layer(*layers).resolve_scale(color="independent").properties(height=height)
 
 
-def _when(test: str, hue: str, otherwise: Any) -> Any:
-    """`otherwise`, but in the colour `hue` where `test` holds."""
-    conditions = [*otherwise.to_dict().get("condition", [])] if isinstance(otherwise, alt.ColorValue) else []
-    return otherwise if conditions else otherwise
+def _heat_rows(run: Run, summary: Cells) -> Iterable[tuple[Any, ...]]:
+    # Each cell reaches under the one that is drawn after it: exact edges leave hairlines between cells.
+    overlap = 0.4
+    firsts, lasts = summary.first_step.tolist(), summary.last_step.tolist()
+    spans = [_span(first, last) for first, last in zip(firsts, lasts, strict=True)]
+    rights = [*firsts[1:], lasts[-1] + 1]
+    for members, column in zip(summary.layers, summary.norms.T.tolist(), strict=True):
+        name, bottom, top = _layer_names(run, members), members[0] - 0.5, members[-1] + 0.5 + overlap * len(members)
+        for first, right, span, norm in zip(firsts, rights, spans, column, strict=True):
+            yield first - 0.5, right - 0.5 + overlap * (right - first), bottom, top, name, span, *_norm_or_state(norm)
 
 
-def _gradient_legend() -> alt.Legend:
-    return alt.Legend(format="~g", gradientLength=220, gradientThickness=10, tickCount=5)
+def _norm_or_state(norm: float) -> tuple[str, str]:
+    if norm > 0 and norm != math.inf:
+        return f"{norm:.6g}", ""
+    return "", "exactly zero" if norm == 0 else "NaN or infinite" if norm == math.inf else "no gradient"
+
+
+def _heat_color(domain: tuple[float, float]) -> alt.Color:
+    legend = alt.Legend(values=_log_ticks(*domain, 5), labelExpr=_LABEL, gradientLength=220, gradientThickness=10)
+    scale = alt.Scale(type="log", domain=list(domain), scheme="viridis", clamp=True, nice=False)
+    states = [{"test": f"datum.state === '{state}'", "value": hue} for state, hue in _STATES.items()]
+    return alt.Color("norm:Q", scale=scale, title="gradient norm", legend=legend, condition=states)
+
+
+def _state_key(present: Sequence[str]) -> list[alt.Chart]:
+    """A legend for the cells that hold no number."""
+    if not present:
+        return []
+    scale = alt.Scale(domain=list(present), range=[_STATES[state] for state in present])
+    legend = alt.Legend(symbolOpacity=1, symbolType="square", title=None)
+    marks = alt.Chart(_data(("state",), [(state,) for state in present])).mark_point(opacity=0, filled=True)
+    return [marks.encode(color=alt.Color("state:N", scale=scale, legend=legend))]
+
+
+def _stack_borders(run: Run) -> list[alt.Chart]:
+    borders = [(stack.columns[0] - 0.5,) for stack in run.stacks[1:]]
+    rule = alt.Chart(_data(("at",), borders)).mark_rule(color="white", strokeWidth=2)
+    return [rule.encode(y="at:Q")] if borders else []
+
+
+def _verdict_line(run: Run) -> list[alt.Chart]:
+    """Where the guard came to the verdict that holds, unless it is that all is well."""
+    if run.since is None or run.verdict.kind in ("healthy", "unknown"):
+        return []
+    at_right = run.since > run.record.steps.mean()
+    base = alt.Chart(_data(("at", "label"), [(run.since, f"{run.verdict.kind} since update {run.since}")]))
+    label = base.mark_text(align="right" if at_right else "left", baseline="bottom", color=_INK, fontSize=12)
+    return [
+        base.mark_rule(color="white", strokeWidth=1.5, strokeDash=[5, 4]).encode(x="at:Q"),
+        label.encode(x="at:Q", y=alt.value(-4), text="label:N"),
+    ]
+
+
+def _profile_figure(runs: Sequence[Run]) -> Figure:
+    reduced = [_cells(run, FRAMES, HEAT_COLUMNS) for run in runs]
+    domain = _log_domain([summary.norms for summary in reduced])
+    alone = len(runs) == 1
+    panels = [
+        Panel("" if alone else run.name, _profile(run, summary, domain, slider=alone))
+        for run, summary in zip(runs, reduced, strict=True)
+    ]
+    move = " Move the slider to see how that came about." if alone and len(reduced[0].first_step) > 1 else ""
+    return Figure(
+        "Does the gradient reach the first layer?",
+        f"Gradient norm of each layer: blue in the latest updates, grey at the start of the record.{move}",
+        tuple(panels),
+    )
+
+
+def _profile(run: Run, summary: Cells, domain: tuple[float, float], *, slider: bool) -> alt.LayerChart:
+    last = len(summary.first_step) - 1
+    shown = range(last + 1) if slider else sorted({0, last})
+    table = [
+        (frame, (members[0] + members[-1]) / 2, _layer_names(run, members), _span(*_steps(summary, frame)), *norm[:1],
+         run.record.layout.groups[run.record.layout.layers[members[0]]].stack)
+        for frame in shown
+        for members, norm in zip(summary.layers, map(_norm_or_state, summary.norms[frame].tolist()), strict=True)
+    ]  # fmt: skip
+    base = alt.Chart(_data(("frame", "depth", "layer", "updates", "norm", "stack"), table)).encode(
+        x=_depth_axis(alt.X, run, "depth"),
+        y=_number_axis("norm", "gradient norm", domain),
+        detail="stack:N",
+        tooltip=["layer:N", "updates:N", alt.Tooltip("norm:Q", format=".3~g")],
+    )
+    chosen: Any = f"datum.frame == {last}"
+    layers = [base.transform_filter("datum.frame == 0").mark_line(color="#b4bcc7", strokeWidth=1.5)]
+    if slider and last:
+        frame = alt.param(name="frame", value=last, bind=alt.binding_range(min=0, max=last, step=1, name="time"))
+        layers[0] = layers[0].add_params(frame)
+        chosen = "datum.frame == frame"
+    now = base.transform_filter(chosen)
+    layers.append(now.mark_line(color=_HUES[0], strokeWidth=2.5, point={"size": 22, "color": _HUES[0]}))
+    spans = [(frame, f"updates {_span(*_steps(summary, frame))}") for frame in shown]
+    label = alt.Chart(_data(("frame", "label"), spans)).transform_filter(chosen)
+    label = label.mark_text(align="left", baseline="bottom", fontSize=13, fontWeight=600, color=_HUES[0])
+    layers.append(label.encode(x=alt.value(0), y=alt.value(-6), text="label:N"))
+    return alt.layer(*layers).properties(height=260)
+
+
+def _steps(summary: Cells, row: int) -> tuple[int, int]:
+    return int(summary.first_step[row]), int(summary.last_step[row])
+
+
+# Numbers over time
+
+
+def _loss_figure(runs: Sequence[Run]) -> Figure:
+    series = [(run.name, run, run.record.losses) for run in runs]
+    return _time_figure("Does the loss fall?", "Loss of each update", "loss", series, log=False, events=True)
+
+
+def _norm_figure(runs: Sequence[Run]) -> Figure:
+    series = [(run.name, run, run.record.total_norms) for run in runs]
+    note = "L2 norm of the whole gradient, before clipping"
+    return _time_figure("How large is the gradient as a whole?", note, "gradient norm", series, log=True, events=True)
+
+
+def _ratio_figure(runs: Sequence[Run]) -> Figure:
+    series = [
+        (" · ".join(part for part in (run.name if len(runs) > 1 else "", stack.name) if part), run, run.ratio(stack))
+        for run in runs
+        for stack in run.stacks
+        if len(stack.layers) > 1
+    ]
+    return _time_figure(
+        "How much of it reaches the first layer?",
+        "Gradient norm of the first layer ÷ that of the last one; 1 is even",
+        "first ÷ last layer",
+        series,
+        log=True,
+    )
+
+
+def _update_figure(run: Run) -> Figure:
+    columns = [index for index in run.record.layout.layers if np.isfinite(run.record.update_ratios[:, index]).any()]
+    picked = dict.fromkeys((columns[-1], columns[len(columns) // 2], columns[0]) if columns else ())
+    table = [
+        (step, f"{ratio:.6g}", run.record.layout.groups[column].name)
+        for column in picked
+        for step, ratio in zip(
+            run.record.weight_steps.tolist(), run.record.update_ratios[:, column].tolist(), strict=True
+        )
+        if ratio > 0 and math.isfinite(ratio)
+    ]
+    order = [run.record.layout.groups[column].name for column in picked]
+    chart = (
+        alt.Chart(_data(("step", "ratio", "layer"), table))
+        .mark_line(point={"size": 30}, strokeWidth=2)
+        .encode(
+            x=_step_axis([run], "step"),
+            y=_number_axis(
+                "ratio", "update ÷ weight", _log_domain([np.array([float(row[1]) for row in table])], decades=1)
+            ),
+            color=_series_color("layer", order),
+            tooltip=["layer:N", "step:Q", alt.Tooltip("ratio:Q", format=".3~g")],
+        )
+    )
+    return Figure(
+        "How far does one update move the weights?",
+        "Norm of the update ÷ norm of the weights, of the last layer, the one in the middle and the first.",
+        (Panel("", alt.layer(chart).properties(height=200)),) if table else (),
+    )
+
+
+def _time_figure(
+    title: str, note: str, axis: str, series: Sequence[tuple[str, Run, Floats]], *, log: bool, events: bool = False
+) -> Figure:
+    """Lines over updates. Events are marked where the lines are of one run, for else they could not be told apart."""
+    table = [row for name, run, values in series for row in _line_rows(name, run, values, log)]
+    if not table:
+        return Figure(title, note, ())
+    runs = list({id(run): run for _, run, _ in series}.values())
+    base = alt.Chart(_data(("step", "updates", "series", "value", "low", "high"), table))
+    x, color = _step_axis(runs, "step"), _series_color("series", [name for name, _, _ in series])
+    reach = _log_domain([np.array([float(row[column]) for row in table]) for column in (4, 5)], decades=1)
+    y = _number_axis("value", axis, reach if log else None)
+    line = base.mark_line(strokeWidth=1.8, point={"size": 12} if len(table) < 3 * len(series) else False).encode(
+        x=x,
+        y=y,
+        color=color,
+        tooltip=[
+            "series:N",
+            "updates:N",
+            *(alt.Tooltip(f"{key}:Q", format=".4~g") for key in ("value", "low", "high")),
+        ],
+    )
+    layers: list[alt.Chart] = [line]
+    if any(row[4] != row[5] for row in table):
+        note += "; each point is the median of several updates, the band their range"
+        layers.insert(0, base.mark_area(opacity=0.18).encode(x=x, y="low:Q", y2="high:Q", color=color))
+    if events and len(runs) == 1 and (marks := _event_marks(runs[0])):
+        note += "; flags are events: point at one to read it"
+        layers += marks
+    chart = alt.layer(*layers).resolve_scale(color="independent").properties(height=220)
+    return Figure(title, note + ".", (Panel("", chart),))
+
+
+def _line_rows(name: str, run: Run, values: Floats, log: bool) -> Iterable[tuple[Any, ...]]:
+    shown = np.where(values > 0, values, np.nan) if log else values
+    line = curve(run.record.steps, shown, POINTS)
+    for first, last, middle, low, high in zip(
+        line.first_step.tolist(), line.last_step.tolist(), line.middle.tolist(), line.low.tolist(), line.high.tolist(),
+        strict=True,
+    ):  # fmt: skip
+        if not math.isnan(middle):
+            yield (first + last) / 2, _span(first, last), name, f"{middle:.6g}", f"{low:.6g}", f"{high:.6g}"
+
+
+def _event_marks(run: Run) -> list[alt.Chart]:
+    table = [
+        (max(event.step, int(run.record.steps[0])), event.kind, event.step, event.message)
+        for event in notable(run.record.events, MARKED)
+    ]
+    if not table:
+        return []
+    kinds = sorted({row[1] for row in table}, key=lambda kind: (_rank(kind), kind))
+    hues = [SERIOUSNESS.get(kind, _EVENT_HUES[number % len(_EVENT_HUES)]) for number, kind in enumerate(kinds)]
+    base = alt.Chart(_data(("at", "event", "step", "message"), table)).encode(
+        x="at:Q",
+        color=alt.Color("event:N", scale=alt.Scale(domain=kinds, range=hues), legend=alt.Legend(title=None)),
+        tooltip=["event:N", "step:Q", "message:N"],
+    )
+    flag = base.mark_point(shape="triangle-down", filled=True, size=90, opacity=1).encode(y=alt.value(4))
+    rule = alt.Chart(_data(("at",), sorted({row[:1] for row in table}))).mark_rule(color=_QUIET, opacity=0.45)
+    return [rule.encode(x="at:Q"), flag]
+
+
+def notable(events: Sequence[Event], limit: int) -> list[Event]:
+    """At most `limit` events in the order of time: verdicts first, then what was acted on, then the rest."""
+    chosen = sorted(range(len(events)), key=lambda index: (_rank(events[index].kind), index))[:limit]
+    return [events[index] for index in sorted(chosen)]
+
+
+def _rank(kind: str) -> int:
+    return 0 if kind in SEVERITY else 1 if kind in _ACTS else 2
+
+
+# Axes and data
+
+
+def _step_axis(runs: Sequence[Run], field: str) -> alt.X:
+    steps = [run.record.steps for run in runs]
+    ends = [min(int(each[0]) for each in steps) - 0.5, max(int(each[-1]) for each in steps) + 0.5]
+    axis = alt.Axis(tickMinStep=1, format="d", grid=False, tickCount=8)
+    return alt.X(f"{field}:Q", title="update", axis=axis, scale=alt.Scale(domain=ends, nice=False))
+
+
+def _depth_axis(channel: Any, run: Run, field: str) -> Any:
+    """The axis of all layers, stack after stack, with the input at its beginning."""
+    ticks = _depth_ticks(run)
+    axis = alt.Axis(values=list(ticks), labelExpr=f"{json.dumps(ticks)}[datum.value]", grid=False)
+    scale = alt.Scale(domain=[-0.5, len(run.record.layers) - 0.5], nice=False)
+    return channel(f"{field}:Q", title="layer, from input to output", axis=axis, scale=scale)
+
+
+def _depth_ticks(run: Run) -> dict[int, str]:
+    """Layers that are named on an axis, at most a dozen or so, by their places."""
+    step = next(size for size in _tick_steps() if len(run.record.layers) <= 12 * size)
+    groups = [run.record.layout.groups[index] for index in run.record.layout.layers]
+    return {
+        column: f"{groups[column].stack} {groups[column].depth}".strip()
+        for stack in run.stacks
+        for column in stack.columns
+        if (groups[column].depth or 0) % step == 0
+    }
+
+
+def _tick_steps() -> Iterable[int]:
+    size = 1
+    while True:
+        yield from (size, 2 * size, 5 * size)
+        size *= 10
+
+
+def _number_axis(field: str, title: str, domain: tuple[float, float] | None = None) -> alt.Y:
+    """A linear axis, or a logarithmic one over `domain`."""
+    if domain is None:
+        return alt.Y(f"{field}:Q", title=title, scale=alt.Scale(zero=False), axis=alt.Axis(tickCount=6))
+    scale = alt.Scale(type="log", domain=list(domain), nice=False)
+    axis = alt.Axis(values=_log_ticks(*domain, 7), labelExpr=_LABEL)
+    return alt.Y(f"{field}:Q", title=title, scale=scale, axis=axis)
+
+
+def _log_ticks(low: float, high: float, most: int) -> list[float]:
+    """Round numbers to label a logarithmic axis with: powers of ten, and 2 and 5 times these where there is room."""
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    if last - first <= 2:
+        return [tick for power in range(first, last + 1) for tick in (10.0**power, 2 * 10.0**power, 5 * 10.0**power)]
+    step = -(-(last - first) // most)
+    return [10.0**power for power in range(-(-last // step) * step, first - 1, -step)]
+
+
+def _series_color(field: str, names: Sequence[str]) -> alt.Color:
+    names = list(dict.fromkeys(names))
+    hues = [_HUES[number % len(_HUES)] for number in range(len(names))]
+    legend = alt.Legend(title=None, symbolType="stroke", symbolStrokeWidth=3) if len(names) > 1 else None
+    return alt.Color(f"{field}:N", scale=alt.Scale(domain=names, range=hues), legend=legend)
+
+
+def _log_domain(tables: Sequence[Floats], *, outliers: float = 0.0, decades: int = _DECADES) -> tuple[float, float]:
+    """The range of what is above zero.
+
+    Args:
+        tables: the numbers to be drawn.
+        outliers: share of them, at either end, that need not be told apart.
+        decades: the least that it spans.
+    """
+    values = np.concatenate([table[(table > 0) & np.isfinite(table)] for table in tables] or [np.empty(0)])
+    if not len(values):
+        return 10.0**-decades, 1.0
+    low, high = np.quantile(values, (outliers, 1 - outliers), method="nearest")
+    return float(min(low, high * 10.0**-decades)), float(high)
+
+
+def _layer_names(run: Run, members: Sequence[int]) -> str:
+    names = run.record.layers
+    return names[members[0]] if len(members) == 1 else f"{names[members[0]]} to {names[members[-1]]}"
+
+
+def _span(first: int, last: int) -> str:
+    return f"{first}" if first == last else f"{first} to {last}"
+
+
+def _data(names: Sequence[str], rows: Iterable[Sequence[Any]]) -> alt.InlineData:
+    """A table as CSV: a third of the size of the same as JSON."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(names)
+    writer.writerows(rows)
+    return alt.InlineData(values=text.getvalue(), format=alt.CsvDataFormat(type="csv"))

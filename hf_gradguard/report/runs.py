@@ -12,7 +12,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hf_gradguard.events import Event
-from hf_gradguard.judge import SEVERITY, DepthProfile, History, Stack, Thresholds, Verdict, depth_profile, judge, stacks_of
+from hf_gradguard.judge import (
+    SEVERITY,
+    DepthProfile,
+    History,
+    Stack,
+    Thresholds,
+    Verdict,
+    depth_profile,
+    judge,
+    stacks_of,
+)
 from hf_gradguard.record.reader import RunRecord
 
 Floats = NDArray[np.float64]

@@ -13,7 +13,8 @@ import torch
 import transformers as hf
 from torch import nn
 
-from hf_gradguard.observe.layout import Group, Layout, ParameterInfo, read_layout
+from hf_gradguard.observe.layout import Group, Layout, ParameterInfo
+from hf_gradguard.observe.structure import read_layout
 
 WIDTH, INNER, HEADS, VOCAB, LAYERS = 8, 12, 2, 19, 3
 
