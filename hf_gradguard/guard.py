@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ from hf_gradguard.observe.weights import WeightProbe, WeightReading
 from hf_gradguard.record.writer import RecordWriter, Window
 
 logger = logging.getLogger(__name__)
+
+_REQUIRES_GRAD = attrgetter("requires_grad")
 
 
 @dataclass
@@ -317,7 +320,7 @@ class GradGuard:
             raise ValueError(f"{type(self._model).__name__} has no trainable parameter: every requires_grad is False")
         self._everything = list(self._model.parameters())
         self._ids = {id(parameter) for parameter in self._everything}
-        self._trainable = [parameter.requires_grad for parameter in self._everything]
+        self._trainable = list(map(_REQUIRES_GRAD, self._everything))
         self._on_gpu = any(parameter.is_cuda for parameter in self._tensors)
         self._judge = Judge(stacks_of(self.layout), self.config.thresholds)
         if self._record is not None:
@@ -335,7 +338,7 @@ class GradGuard:
     def _measure(self) -> Measurement:
         window = self._window
         if window.measurement is None:
-            if [parameter.requires_grad for parameter in self._everything] != self._trainable:
+            if list(map(_REQUIRES_GRAD, self._everything)) != self._trainable:
                 self._read_layout()
             window.measurement = Measurement(self._tensors)
             window.loss_copy = None if window.loss is None else HostCopy(window.loss.double())

@@ -30,9 +30,9 @@ def squared_norms(gradients: Sequence[Tensor], *, precise: bool = False) -> tupl
     """
     if not gradients:
         return torch.zeros(0, dtype=torch.float64), None
-    sharded = [dtensor.is_sharded(gradient) for gradient in gradients]
-    if not any(sharded):
+    if set(map(type, gradients)) == {Tensor}:
         return plain.squared_norms(gradients, precise=precise)
+    sharded = [dtensor.is_sharded(gradient) for gradient in gradients]
     device = dtensor.device_of(gradients[0])
     squares = torch.zeros(len(gradients), dtype=torch.float64, device=device)
     for kind, measure in ((True, dtensor.squared_norms), (False, plain.squared_norms)):

@@ -8,8 +8,10 @@ float64, and only those of at most two rows in float32. A GPU adds up in a tree 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,31 +25,30 @@ SMALL = 64 * ROW
 
 def squared_norms(gradients: Sequence[Tensor], *, precise: bool = False) -> tuple[Tensor, Tensor | None]:
     """See `hf_gradguard.backends.squared_norms`, of which this is the part for ordinary tensors."""
-    dense = [gradient if gradient.layout == torch.strided else _values(gradient) for gradient in gradients]
+    kinds = {(gradient.device, gradient.dtype, gradient.layout) for gradient in gradients}
+    if any(layout != torch.strided for _, _, layout in kinds):
+        gradients = [gradient if gradient.layout == torch.strided else _values(gradient) for gradient in gradients]
     if precise:
-        norms = [torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in dense]
+        norms = [torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in gradients]
         return _gather(norms).square_(), None
-    if _is_one_gpu(dense):
-        norms = list(torch._foreach_norm(dense, 2, torch.float32))
-        stacked = torch.stack(norms)
+    if len(kinds) == 1 and gradients[0].is_cuda:
+        stacked = torch.stack(torch._foreach_norm(list(gradients), 2, torch.float32))
         # This is how torch's own `get_total_norm` ends, so that a clip by this total is the Trainer's to the bit.
-        stock_total = torch.linalg.vector_norm(stacked) if dense[0].dtype == torch.float32 else None
+        stock_total = torch.linalg.vector_norm(stacked) if gradients[0].dtype == torch.float32 else None
         return stacked.double().square_(), stock_total
-    tiny: list[int] = []
-    larger: list[int] = []
-    for index, gradient in enumerate(dense):
-        (tiny if gradient.numel() <= TINY and gradient.dtype != torch.float64 else larger).append(index)
-    parts = [gradient if gradient.numel() <= SMALL else _row_norms(_values(gradient)) for gradient in dense]
-    squares = torch.empty(len(dense), dtype=torch.float64, device=dense[0].device)
-    for where, dtype in ((tiny, torch.float32), (larger, torch.float64)):
-        if where:
-            found = torch._foreach_norm([parts[index] for index in where], 2, dtype)
-            squares[where] = _gather(list(found)).to(squares)
+    sizes = np.array([gradient.numel() for gradient in gradients])
+    tiny = sizes <= TINY
+    if any(dtype == torch.float64 for _, dtype, _ in kinds):
+        tiny &= np.array([gradient.dtype != torch.float64 for gradient in gradients])
+    parts = list(gradients)
+    for index in np.flatnonzero(sizes > SMALL):
+        parts[index] = _row_norms(_values(parts[index]))
+    squares = torch.empty(len(parts), dtype=torch.float64, device=parts[0].device)
+    for chosen, dtype in ((tiny, torch.float32), (~tiny, torch.float64)):
+        if chosen.any():
+            found = torch._foreach_norm(list(itertools.compress(parts, chosen)), 2, dtype)
+            squares[torch.from_numpy(chosen)] = _gather(found).to(squares)
     return squares.square_(), None
-
-
-def _is_one_gpu(tensors: Sequence[Tensor]) -> bool:
-    return tensors[0].is_cuda and len({(tensor.device, tensor.dtype) for tensor in tensors}) == 1
 
 
 def _row_norms(values: Tensor) -> Tensor:
@@ -69,7 +70,7 @@ def _values(gradient: Tensor) -> Tensor:
 
 def _gather(norms: Sequence[Tensor]) -> Tensor:
     """Scalars as one vector on the device of the first."""
-    device = norms[0].device
-    if all(norm.device == device for norm in norms):
+    try:
         return torch.stack(list(norms))
-    return torch.stack([norm.to(device, non_blocking=True) for norm in norms])
+    except RuntimeError:  # on several devices
+        return torch.stack([norm.to(norms[0].device, non_blocking=True) for norm in norms])

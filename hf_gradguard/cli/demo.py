@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
         folder = args.output / f"{layers}-layers"
         loss, ratio, verdict = train(layers, data, folder, args.steps, args.learning_rate, args.seed)
         rows.append((layers, loss, ratio, verdict, folder))
-        print(f"{layers} layers, after {time.monotonic() - started:.0f} s:\n{verdict}", flush=True)
+        print(f"Trained in {time.monotonic() - started:.0f} s.", flush=True)
     print("\nlayers    loss    first ÷ last layer's gradient    verdict")
     for layers, loss, ratio, verdict, _ in rows:
         print(f"{layers:6d}    {loss:.2f}    {ratio:29.1e}    {verdict.kind}")
@@ -59,6 +59,7 @@ def train(
 ) -> tuple[float, float, Verdict]:
     """Trains one BERT with Trainer and the callback; gives the mean loss of the last ten updates, the first-to-last
     ratio of their gradients, and the verdict."""
+    import torch
     from transformers import BertConfig, BertLMHeadModel, Trainer, TrainingArguments, set_seed
 
     from hf_gradguard import GradGuardCallback, RunRecord
@@ -76,6 +77,7 @@ def train(
         initializer_range=INITIALIZER_RANGE,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
+        loss_type="ForCausalLM",
     )
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -87,6 +89,7 @@ def train(
         logging_strategy="no",
         save_strategy="no",
         report_to="none",
+        dataloader_pin_memory=torch.cuda.is_available(),
         seed=seed,
     )
     callback = GradGuardCallback()

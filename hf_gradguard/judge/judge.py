@@ -43,6 +43,8 @@ class Judge:
     @property
     def verdict(self) -> Verdict:
         """The verdict that holds; its numbers are those of the latest judgement that came to it."""
+        if self.history.count < self.thresholds.min_updates:
+            return judge(self.history, self.stacks, self.thresholds)
         return self._verdict
 
     def update(self, layer_norms: ArrayLike, total_norm: float) -> Verdict | None:

@@ -35,6 +35,8 @@ class Measurement:
         gradients = [parameter.grad for parameter in parameters]
         self._present = [index for index, gradient in enumerate(gradients) if gradient is not None]
         self._gradients = [gradient for gradient in gradients if gradient is not None]
+        sizes = np.array([gradient.numel() for gradient in self._gradients], dtype=np.float64)
+        self._smallest_sure = np.sqrt(sizes) * _UNDERFLOW
         squares, self.stock_total = backends.squared_norms(self._gradients)
         self._host = HostCopy(squares)
         self._norms: NDArray[np.float64] | None = None
@@ -51,8 +53,7 @@ class Measurement:
         return self._norms
 
     def _measure_again_where_float32_fails(self, norms: NDArray[np.float64]) -> None:
-        sizes = np.array([gradient.numel() for gradient in self._gradients], dtype=np.float64)
-        doubtful = np.isinf(norms) | (norms < np.sqrt(sizes) * _UNDERFLOW)
+        doubtful = np.isinf(norms) | (norms < self._smallest_sure)
         where = [int(index) for index in np.flatnonzero(doubtful)]
         if where:
             squares, _ = backends.squared_norms([self._gradients[index] for index in where], precise=True)

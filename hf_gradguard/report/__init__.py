@@ -38,10 +38,9 @@ def write_report(run: StrPath | Run, html: StrPath, png: StrPath | None = None) 
     """
     from hf_gradguard.report import charts, page, picture
 
-    library = page.start_bundling()
     run = run if isinstance(run, Run) else load_runs([run])[0]
     figures = charts.report_figures(run)
-    _write(html, lambda path: path.write_text(page.report_page(run, figures, library.result()), encoding="utf-8"))
+    _write(html, lambda path: path.write_text(page.report_page(run, figures), encoding="utf-8"))
     if png is not None:
         _write(png, lambda path: path.write_bytes(picture.report_picture(run, figures)))
 
@@ -64,12 +63,9 @@ def write_comparison(runs: Sequence[StrPath | Run], html: StrPath, png: StrPath 
 
     if len(runs) < 2:
         raise ValueError(f"a comparison needs two runs or more, but {len(runs)} was given")
-    library = page.start_bundling()
     loaded = _loaded(runs)
     figures = charts.comparison_figures(loaded)
-    _write(
-        html, lambda path: path.write_text(page.comparison_page(loaded, figures, library.result()), encoding="utf-8")
-    )
+    _write(html, lambda path: path.write_text(page.comparison_page(loaded, figures), encoding="utf-8"))
     if png is not None:
         _write(png, lambda path: path.write_bytes(picture.comparison_picture(loaded, figures)))
 

@@ -36,8 +36,15 @@ SERIOUSNESS = {"exploding": "#c0362c", "vanishing": "#c0362c", "underflow": "#b2
 """Colour of each verdict."""
 _HUES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito's, safe for all eyes
 _STATES = {"no gradient": "#dfe3e8", "exactly zero": "#D55E00", "NaN or infinite": "#CC79A7"}
+_PROFILE_HEIGHT = 260
 _INK, _QUIET, _LINE = "#1f2933", "#5f6b7a", "#e3e7ec"
-_LABEL = "datum.value >= 0.001 && datum.value < 10000 ? format(datum.value, '~g') : replace(format(datum.value, '~e'), '+', '')"
+_LABEL = (
+    "datum.value >= 0.001 && datum.value < 10000 ? format(datum.value, '~g') "
+    ": replace(format(datum.value, '~e'), '+', '')"
+)
+"""How numbers on logarithmic axes are written: 0.01, 1e-6."""
+_OVERLAP = 0.4
+"""Share of its size by which a cell reaches under the one drawn after it: exact edges leave hairlines between them."""
 _DECADES = 3
 """The least that the colours of a heat map span: what differs less than that in all looks even, as it is."""
 _EVENT_HUES = ("#CC79A7", "#E69F00", "#56B4E9", "#0072B2")
@@ -67,7 +74,7 @@ def report_figures(run: Run) -> list[Figure]:
     """The figures of one run, in the order of reading; none for a run without windows."""
     if not len(run.record.steps):
         return []
-    figures = [_heat_figure([run]), _profile_figure([run])] if run.record.layers else []
+    figures = _depth_figures([run]) if run.record.layers else []
     figures += [_loss_figure([run]), _norm_figure([run])]
     if any(len(stack.layers) > 1 for stack in run.stacks):
         figures.append(_ratio_figure([run]))
@@ -82,7 +89,7 @@ def comparison_figures(runs: Sequence[Run]) -> list[Figure]:
     if not runs:
         return []
     layered = [run for run in runs if run.record.layers]
-    figures = [_loss_figure(runs), _ratio_figure(layered), _profile_figure(layered), _heat_figure(layered)]
+    figures = [_loss_figure(runs), _ratio_figure(layered), *reversed(_depth_figures(layered))]
     return [figure for figure in figures if figure.panels]
 
 
@@ -98,19 +105,30 @@ def config() -> dict[str, Any]:
         "legend": {**text, "orient": "top", "direction": "horizontal", "offset": 8, "titleLimit": 400,
                    "labelLimit": 260},
         "header": text,
-        "title": {"anchor": "start", "frame": "group", "fontSize": 14, "fontWeight": 600, "color": _INK, "subtitleColor": _QUIET,
-                  "subtitleFontSize": 12, "offset": 12},
+        "title": {"anchor": "start", "frame": "group", "fontSize": 14, "fontWeight": 600, "color": _INK,
+                  "subtitleColor": _QUIET, "subtitleFontSize": 12, "offset": 12},
     }  # fmt: skip
 
 
 # Which layers starve, since when
 
 
-def _heat_figure(runs: Sequence[Run]) -> Figure:
-    reduced = [_cells(run, HEAT_ROWS // len(runs), HEAT_COLUMNS) for run in runs]
+def _depth_figures(runs: Sequence[Run]) -> list[Figure]:
+    """Layers over time, and one moment after another."""
+    reduced = [
+        cells(
+            run.record.steps, run.layer_norms, run.nonfinite, run.stacks, max(1, HEAT_ROWS // len(runs)), HEAT_COLUMNS
+        )
+        for run in runs
+    ]
+    return [_heat_figure(runs, reduced), _profile_figure(runs, reduced)]
+
+
+def _heat_figure(runs: Sequence[Run], reduced: Sequence[Cells]) -> Figure:
     domain = _log_domain([summary.norms for summary in reduced], outliers=1e-3)
+    height = min(340, max(150, 14 * max((len(run.record.layers) for run in runs), default=0)))
     panels = [
-        Panel(run.name if len(runs) > 1 else "", _heat_map(run, summary, domain))
+        Panel(run.name if len(runs) > 1 else "", _heat_map(run, summary, domain).properties(height=height))
         for run, summary in zip(runs, reduced, strict=True)
     ]
     return Figure(
@@ -121,14 +139,12 @@ def _heat_figure(runs: Sequence[Run]) -> Figure:
     )
 
 
-def _cells(run: Run, rows: int, columns: int) -> Cells:
-    return cells(run.record.steps, run.layer_norms, run.nonfinite, run.stacks, max(1, rows), columns)
-
-
 def _heat_map(run: Run, summary: Cells, domain: tuple[float, float]) -> alt.LayerChart:
-    table = list(_heat_rows(run, summary))
+    rows, columns, table = _updates_table(summary), _layers_table(run, summary), list(_heat_rows(summary))
     heat = (
-        alt.Chart(_data(("left", "right", "bottom", "top", "layer", "updates", "norm", "state"), table))
+        alt.Chart(_data(("row", "column", "norm", "state"), table))
+        .transform_lookup("row", alt.LookupData(rows, "row", ["left", "right", "updates"]))
+        .transform_lookup("column", alt.LookupData(columns, "column", ["bottom", "top", "layer"]))
         .mark_rect(clip=True)
         .encode(
             x=_step_axis([run], "left"),
@@ -141,30 +157,42 @@ def _heat_map(run: Run, summary: Cells, domain: tuple[float, float]) -> alt.Laye
     )
     key = _state_key([state for state in _STATES if any(row[-1] == state for row in table)])
     layers = [heat, *key, *_stack_borders(run), *_verdict_line(run)]
-    height = min(340, max(150, 14 * len(run.record.layers)))
-    return alt.layer(*layers).resolve_scale(color="independent").properties(height=height)
+    return alt.layer(*layers).resolve_scale(color="independent")
 
 
-def _heat_rows(run: Run, summary: Cells) -> Iterable[tuple[Any, ...]]:
-    # Each cell reaches under the one that is drawn after it: exact edges leave hairlines between cells.
-    overlap = 0.4
-    firsts, lasts = summary.first_step.tolist(), summary.last_step.tolist()
-    spans = [_span(first, last) for first, last in zip(firsts, lasts, strict=True)]
-    rights = [*firsts[1:], lasts[-1] + 1]
-    for members, column in zip(summary.layers, summary.norms.T.tolist(), strict=True):
-        name, bottom, top = _layer_names(run, members), members[0] - 0.5, members[-1] + 0.5 + overlap * len(members)
-        for first, right, span, norm in zip(firsts, rights, spans, column, strict=True):
-            yield first - 0.5, right - 0.5 + overlap * (right - first), bottom, top, name, span, *_norm_or_state(norm)
+def _heat_rows(summary: Cells) -> Iterable[tuple[Any, ...]]:
+    for column, norms in enumerate(summary.norms.T.tolist()):
+        for row, norm in enumerate(norms):
+            yield row, column, *_norm_or_state(norm)
+
+
+def _updates_table(summary: Cells) -> alt.InlineData:
+    rows = []
+    for row in range(len(summary.first_step)):
+        first, last = _steps(summary, row)
+        following = last + 1 if row + 1 == len(summary.first_step) else int(summary.first_step[row + 1])
+        rows.append((row, first - 0.5, following - 0.5 + _OVERLAP * (following - first), _span(first, last)))
+    return _data(("row", "left", "right", "updates"), rows)
+
+
+def _layers_table(run: Run, summary: Cells) -> alt.InlineData:
+    rows = [
+        (column, members[0] - 0.5, members[-1] + 0.5 + _OVERLAP * len(members), _layer_names(run, members))
+        for column, members in enumerate(summary.layers)
+    ]
+    return _data(("column", "bottom", "top", "layer"), rows)
 
 
 def _norm_or_state(norm: float) -> tuple[str, str]:
     if norm > 0 and norm != math.inf:
-        return f"{norm:.6g}", ""
+        return f"{norm:.5g}", ""
     return "", "exactly zero" if norm == 0 else "NaN or infinite" if norm == math.inf else "no gradient"
 
 
 def _heat_color(domain: tuple[float, float]) -> alt.Color:
-    legend = alt.Legend(values=_log_ticks(*domain, 5), labelExpr=_LABEL, gradientLength=220, gradientThickness=10)
+    legend = alt.Legend(
+        values=_log_ticks(*domain, 5), labelExpr=_LABEL, gradientLength=220, gradientThickness=10, offset=24
+    )
     scale = alt.Scale(type="log", domain=list(domain), scheme="viridis", clamp=True, nice=False)
     states = [{"test": f"datum.state === '{state}'", "value": hue} for state, hue in _STATES.items()]
     return alt.Color("norm:Q", scale=scale, title="gradient norm", legend=legend, condition=states)
@@ -175,7 +203,7 @@ def _state_key(present: Sequence[str]) -> list[alt.Chart]:
     if not present:
         return []
     scale = alt.Scale(domain=list(present), range=[_STATES[state] for state in present])
-    legend = alt.Legend(symbolOpacity=1, symbolType="square", title=None)
+    legend = alt.Legend(symbolOpacity=1, symbolType="square", title=None, offset=24)
     marks = alt.Chart(_data(("state",), [(state,) for state in present])).mark_point(opacity=0, filled=True)
     return [marks.encode(color=alt.Color("state:N", scale=scale, legend=legend))]
 
@@ -199,8 +227,7 @@ def _verdict_line(run: Run) -> list[alt.Chart]:
     ]
 
 
-def _profile_figure(runs: Sequence[Run]) -> Figure:
-    reduced = [_cells(run, FRAMES, HEAT_COLUMNS) for run in runs]
+def _profile_figure(runs: Sequence[Run], reduced: Sequence[Cells]) -> Figure:
     domain = _log_domain([summary.norms for summary in reduced])
     alone = len(runs) == 1
     panels = [
@@ -208,41 +235,68 @@ def _profile_figure(runs: Sequence[Run]) -> Figure:
         for run, summary in zip(runs, reduced, strict=True)
     ]
     move = " Move the slider to see how that came about." if alone and len(reduced[0].first_step) > 1 else ""
+    gaps = any(not np.all((summary.norms > 0) & np.isfinite(summary.norms)) for summary in reduced)
+    crosses = " Crosses at the bottom are layers whose gradient is missing, exactly zero or not finite." if gaps else ""
     return Figure(
         "Does the gradient reach the first layer?",
-        f"Gradient norm of each layer: blue in the latest updates, grey at the start of the record.{move}",
+        f"Gradient norm of each layer: blue in the latest updates, grey at the start of the record.{move}{crosses}",
         tuple(panels),
     )
 
 
 def _profile(run: Run, summary: Cells, domain: tuple[float, float], *, slider: bool) -> alt.LayerChart:
-    last = len(summary.first_step) - 1
-    shown = range(last + 1) if slider else sorted({0, last})
-    table = [
-        (frame, (members[0] + members[-1]) / 2, _layer_names(run, members), _span(*_steps(summary, frame)), *norm[:1],
-         run.record.layout.groups[run.record.layout.layers[members[0]]].stack)
-        for frame in shown
-        for members, norm in zip(summary.layers, map(_norm_or_state, summary.norms[frame].tolist()), strict=True)
-    ]  # fmt: skip
-    base = alt.Chart(_data(("frame", "depth", "layer", "updates", "norm", "stack"), table)).encode(
+    frames = _even(len(summary.first_step), FRAMES if slider else 2)
+    last = len(frames) - 1
+    table = [(frame, *cell) for frame, row in enumerate(frames) for cell in _profile_rows(run, summary, row)]
+    fields = ("frame", "depth", "layer", "updates", "norm", "state", "piece")
+    base = alt.Chart(_data(fields, table)).encode(
         x=_depth_axis(alt.X, run, "depth"),
-        y=_number_axis("norm", "gradient norm", domain),
-        detail="stack:N",
-        tooltip=["layer:N", "updates:N", alt.Tooltip("norm:Q", format=".3~g")],
+        tooltip=["layer:N", "updates:N", alt.Tooltip("norm:Q", format=".3~g"), alt.Tooltip("state:N", title=" ")],
     )
+    curves = base.transform_filter("datum.norm > 0").encode(y=_number_axis("norm", "gradient norm", domain))
+    start = curves.transform_filter("datum.frame == 0").mark_line(color="#b4bcc7", strokeWidth=1.5)
     chosen: Any = f"datum.frame == {last}"
-    layers = [base.transform_filter("datum.frame == 0").mark_line(color="#b4bcc7", strokeWidth=1.5)]
     if slider and last:
-        frame = alt.param(name="frame", value=last, bind=alt.binding_range(min=0, max=last, step=1, name="time"))
-        layers[0] = layers[0].add_params(frame)
+        bind = alt.binding_range(min=0, max=last, step=1, name="time")
+        start = start.add_params(alt.param(name="frame", value=last, bind=bind))
         chosen = "datum.frame == frame"
-    now = base.transform_filter(chosen)
-    layers.append(now.mark_line(color=_HUES[0], strokeWidth=2.5, point={"size": 22, "color": _HUES[0]}))
-    spans = [(frame, f"updates {_span(*_steps(summary, frame))}") for frame in shown]
+    now = curves.transform_filter(chosen).mark_line(
+        color=_HUES[0], strokeWidth=2.5, point={"size": 22, "color": _HUES[0]}
+    )
+    without = base.transform_filter(f"datum.state && {chosen}").mark_point(
+        shape="cross", filled=True, size=70, opacity=1
+    )
+    colors = alt.Scale(domain=list(_STATES), range=list(_STATES.values()))
+    layers = [
+        start.encode(detail="piece:N"),
+        now.encode(detail="piece:N"),
+        without.encode(y=alt.value(_PROFILE_HEIGHT - 8), color=alt.Color("state:N", scale=colors, legend=None)),
+        _frame_label(summary, frames, chosen),
+    ]
+    return alt.layer(*layers).properties(height=_PROFILE_HEIGHT)
+
+
+def _profile_rows(run: Run, summary: Cells, row: int) -> Iterable[tuple[Any, ...]]:
+    """A line breaks where a layer has no norm, and between stacks: each unbroken piece has a number."""
+    layout, span, piece = run.record.layout, _span(*_steps(summary, row)), 0
+    stacks = [layout.groups[layout.layers[members[0]]].stack for members in summary.layers]
+    for place, members in enumerate(summary.layers):
+        norm, state = _norm_or_state(float(summary.norms[row, place]))
+        piece += bool(state) or (place > 0 and stacks[place] != stacks[place - 1])
+        yield (members[0] + members[-1]) / 2, _layer_names(run, members), span, norm, state, piece
+
+
+def _even(count: int, most: int) -> list[int]:
+    """At most so many of `count` places, at even distances, the first and the last among them."""
+    return [round(place) for place in np.linspace(0, count - 1, min(count, most)).tolist()]
+
+
+def _frame_label(summary: Cells, frames: Sequence[int], chosen: str) -> alt.Chart:
+    """Which updates the slider shows."""
+    spans = [(frame, _update_span(*_steps(summary, row))) for frame, row in enumerate(frames)]
     label = alt.Chart(_data(("frame", "label"), spans)).transform_filter(chosen)
     label = label.mark_text(align="left", baseline="bottom", fontSize=13, fontWeight=600, color=_HUES[0])
-    layers.append(label.encode(x=alt.value(0), y=alt.value(-6), text="label:N"))
-    return alt.layer(*layers).properties(height=260)
+    return label.encode(x=alt.value(0), y=alt.value(-6), text="label:N")
 
 
 def _steps(summary: Cells, row: int) -> tuple[int, int]:
@@ -276,6 +330,7 @@ def _ratio_figure(runs: Sequence[Run]) -> Figure:
         "first ÷ last layer",
         series,
         log=True,
+        line=max((run.thresholds.vanishing for run in runs), default=None),
     )
 
 
@@ -311,9 +366,17 @@ def _update_figure(run: Run) -> Figure:
 
 
 def _time_figure(
-    title: str, note: str, axis: str, series: Sequence[tuple[str, Run, Floats]], *, log: bool, events: bool = False
+    title: str,
+    note: str,
+    axis: str,
+    series: Sequence[tuple[str, Run, Floats]],
+    *,
+    log: bool,
+    events: bool = False,
+    line: float | None = None,
 ) -> Figure:
-    """Lines over updates. Events are marked where the lines are of one run, for else they could not be told apart."""
+    """Curves over updates, and a dashed line where they get below a threshold. Events are marked where the curves are
+    of one run, for else they could not be told apart."""
     table = [row for name, run, values in series for row in _line_rows(name, run, values, log)]
     if not table:
         return Figure(title, note, ())
@@ -322,7 +385,7 @@ def _time_figure(
     x, color = _step_axis(runs, "step"), _series_color("series", [name for name, _, _ in series])
     reach = _log_domain([np.array([float(row[column]) for row in table]) for column in (4, 5)], decades=1)
     y = _number_axis("value", axis, reach if log else None)
-    line = base.mark_line(strokeWidth=1.8, point={"size": 12} if len(table) < 3 * len(series) else False).encode(
+    curves = base.mark_line(strokeWidth=1.8, point={"size": 12} if len(table) < 3 * len(series) else False).encode(
         x=x,
         y=y,
         color=color,
@@ -332,10 +395,13 @@ def _time_figure(
             *(alt.Tooltip(f"{key}:Q", format=".4~g") for key in ("value", "low", "high")),
         ],
     )
-    layers: list[alt.Chart] = [line]
+    layers: list[alt.Chart] = [curves]
     if any(row[4] != row[5] for row in table):
         note += "; each point is the median of several updates, the band their range"
         layers.insert(0, base.mark_area(opacity=0.18).encode(x=x, y="low:Q", y2="high:Q", color=color))
+    if line is not None and reach[0] < line:
+        note += f"; below the dashed line, {line:g}, it counts as vanishing"
+        layers.append(alt.Chart(_data(("at",), [(line,)])).mark_rule(color=_INK, strokeDash=[5, 4]).encode(y="at:Q"))
     if events and len(runs) == 1 and (marks := _event_marks(runs[0])):
         note += "; flags are events: point at one to read it"
         layers += marks
@@ -374,8 +440,12 @@ def _event_marks(run: Run) -> list[alt.Chart]:
 
 
 def notable(events: Sequence[Event], limit: int) -> list[Event]:
-    """At most `limit` events in the order of time: verdicts first, then what was acted on, then the rest."""
-    chosen = sorted(range(len(events)), key=lambda index: (_rank(events[index].kind), index))[:limit]
+    """At most `limit` events in the order of time: verdicts first, then what was acted on, then the rest; where not all
+    of a sort fit, some at even distances."""
+    chosen: list[int] = []
+    for rank in range(3):
+        of_rank = [index for index, event in enumerate(events) if _rank(event.kind) == rank]
+        chosen += [of_rank[place] for place in _even(len(of_rank), limit - len(chosen))]
     return [events[index] for index in sorted(chosen)]
 
 
@@ -424,7 +494,8 @@ def _number_axis(field: str, title: str, domain: tuple[float, float] | None = No
     """A linear axis, or a logarithmic one over `domain`."""
     if domain is None:
         return alt.Y(f"{field}:Q", title=title, scale=alt.Scale(zero=False), axis=alt.Axis(tickCount=6))
-    scale = alt.Scale(type="log", domain=list(domain), nice=False)
+    room = (domain[1] / domain[0]) ** 0.04
+    scale = alt.Scale(type="log", domain=[domain[0] / room, domain[1] * room], nice=False)
     axis = alt.Axis(values=_log_ticks(*domain, 7), labelExpr=_LABEL)
     return alt.Y(f"{field}:Q", title=title, scale=scale, axis=axis)
 
@@ -432,10 +503,11 @@ def _number_axis(field: str, title: str, domain: tuple[float, float] | None = No
 def _log_ticks(low: float, high: float, most: int) -> list[float]:
     """Round numbers to label a logarithmic axis with: powers of ten, and 2 and 5 times these where there is room."""
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    step = max(1, -(-(last - first) // most))
+    ticks = [10.0**power for power in range(-(-last // step) * step, first - 1, -step)]
     if last - first <= 2:
-        return [tick for power in range(first, last + 1) for tick in (10.0**power, 2 * 10.0**power, 5 * 10.0**power)]
-    step = -(-(last - first) // most)
-    return [10.0**power for power in range(-(-last // step) * step, first - 1, -step)]
+        ticks = [digit * 10.0**power for power in range(first, last + 1) for digit in (1, 2, 5)]
+    return [tick for tick in ticks if low <= tick <= high]
 
 
 def _series_color(field: str, names: Sequence[str]) -> alt.Color:
@@ -463,6 +535,10 @@ def _log_domain(tables: Sequence[Floats], *, outliers: float = 0.0, decades: int
 def _layer_names(run: Run, members: Sequence[int]) -> str:
     names = run.record.layers
     return names[members[0]] if len(members) == 1 else f"{names[members[0]]} to {names[members[-1]]}"
+
+
+def _update_span(first: int, last: int) -> str:
+    return f"update{'s' if last > first else ''} {_span(first, last)}"
 
 
 def _span(first: int, last: int) -> str:

@@ -29,9 +29,11 @@ def status_line(run: Run) -> str:
     """How the run ended, or that it has not."""
     status = {"running or killed": "still running, or killed"}.get(run.record.status, run.record.status)
     reached = f"{_updates(run):,} updates" if len(run.record.steps) else "no update recorded yet"
+    broken = int(np.count_nonzero(run.nonfinite))
+    bad = f", {broken:,} window{'s' if broken > 1 else ''} with NaN or infinity" if broken else ""
     attempts = f", {len(run.record.segments)} attempts" if len(run.record.segments) > 1 else ""
     message = f": {run.record.message}" if run.record.message else ""
-    return f"{status}, {reached}{attempts}{message}"
+    return f"{status}, {reached}{bad}{attempts}{message}"
 
 
 def facts(run: Run) -> list[tuple[str, str]]:

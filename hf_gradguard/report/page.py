@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from html import escape
 from string import Template
 from typing import Any
@@ -19,44 +18,29 @@ LISTED = 200
 """Most events in the table."""
 
 
-def start_bundling() -> Future[str]:
-    """Begins to put the plotting library's JavaScript together, which takes a second and can be done meanwhile."""
+def plotting_library() -> str:
+    """The JavaScript that draws the figures, put together from what is installed with `vl_convert`."""
     import vl_convert
 
-    pool = ThreadPoolExecutor(max_workers=1)
-    found: Future[str] = pool.submit(lambda: vl_convert.javascript_bundle())
-    pool.shutdown(wait=False)
-    return found
+    library: str = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
+    return library
 
 
-def report_page(run: Run, figures: Sequence[Figure], library: str) -> str:
-    """The page of one run.
-
-    Args:
-        run: what it is about.
-        figures: its figures.
-        library: the JavaScript that draws them.
-    """
+def report_page(run: Run, figures: Sequence[Figure]) -> str:
+    """The page of one run with its figures."""
     body = [_verdict_card(run), _facts(run), *_figures(figures), _events(run)]
-    return _page(f"GradGuard: {run.name}", run.name, status_line(run), body, library, figures)
+    return _page(f"GradGuard: {run.name}", run.name, status_line(run), body, figures)
 
 
-def comparison_page(runs: Sequence[Run], figures: Sequence[Figure], library: str) -> str:
-    """The page that compares runs; the arguments are those of `report_page`."""
+def comparison_page(runs: Sequence[Run], figures: Sequence[Figure]) -> str:
+    """The page that compares runs."""
     title = " · ".join(run.name for run in runs)
     return _page(
-        f"GradGuard: {title}",
-        f"{len(runs)} runs compared",
-        title,
-        [_verdict_table(runs), *_figures(figures)],
-        library,
-        figures,
+        f"GradGuard: {title}", f"{len(runs)} runs compared", title, [_verdict_table(runs), *_figures(figures)], figures
     )
 
 
-def _page(
-    title: str, heading: str, subheading: str, body: Sequence[str], library: str, figures: Sequence[Figure]
-) -> str:
+def _page(title: str, heading: str, subheading: str, body: Sequence[str], figures: Sequence[Figure]) -> str:
     specs = [_spec(panel.chart) for figure in figures for panel in figure.panels]
     return _PAGE.substitute(
         title=escape(title),
@@ -65,7 +49,7 @@ def _page(
         font=FONT,
         body="\n".join(body),
         version=escape(__version__),
-        library=_in_script(library) if specs else "",
+        library=_in_script(plotting_library()) if specs else "",
         specs=_in_script(json.dumps(specs, separators=(",", ":"))),
     )
 
@@ -169,7 +153,7 @@ header { padding-top: 28px; }
 h1 { margin: 0; font-size: 26px; line-height: 1.25; font-weight: 650; overflow-wrap: anywhere; }
 h2 { margin: 0 0 4px; font-size: 18px; font-weight: 650; }
 header p, section > p { margin: 0; color: #5f6b7a; font-size: 14px; }
-section > p { margin-bottom: 14px; max-width: 80ch; }
+section > p { margin-bottom: 14px; max-width: 100ch; }
 section { background: white; border: 1px solid #e3e7ec; border-radius: 10px; padding: 18px 20px; margin: 16px 0; }
 dl, figure { margin: 0; }
 dd { margin: 0; }
@@ -191,12 +175,13 @@ figcaption { font-weight: 600; font-size: 14px; margin-bottom: 4px; }
 .chart { width: 100%; }
 .chart .vega-bind { font-size: 14px; color: #5f6b7a; margin-top: 6px; }
 .chart .vega-bind label { display: flex; align-items: center; gap: 10px; }
-.chart .vega-bind input { flex: 1; max-width: 640px; accent-color: #0072b2; }
+.chart .vega-bind input { flex: 1; accent-color: #0072b2; }
 .chart .vega-bind label > span:last-child { display: none; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: 14px; }
 th, td { text-align: left; vertical-align: top; padding: 7px 12px 7px 0; border-top: 1px solid #e3e7ec; }
 thead th { border-top: 0; color: #5f6b7a; font-weight: 500; white-space: nowrap; }
+tbody th { white-space: nowrap; }
 td:last-child { min-width: 240px; }
 td, .number { font-variant-numeric: tabular-nums; }
 .badge { display: inline-block; padding: 0 8px; border-radius: 10px; color: white; background: var(--hue); font-size: 13px; font-weight: 600; }

@@ -17,6 +17,8 @@ WIDTH = 960
 SCALE = 1.5
 """Pixels of the picture for each one of the drawing."""
 _GAP = 70
+_ABREAST = 3
+"""Most drawings side by side."""
 
 
 def report_picture(run: Run, figures: Sequence[Figure]) -> bytes:
@@ -48,9 +50,9 @@ def _draw(title: str, color: str, lines: Sequence[str], figures: Sequence[Figure
     return picture
 
 
-def _row(figure: Figure) -> alt.HConcatChart:
-    count = len(figure.panels)
-    width = (WIDTH - _GAP * (count - 1)) // count
+def _row(figure: Figure) -> alt.ConcatChart:
+    columns = min(len(figure.panels), _ABREAST)
+    width = (WIDTH - _GAP * (columns - 1)) // columns
     panels = [
         panel.chart.properties(width=width, title=alt.TitleParams(panel.label, fontSize=12, fontWeight=500))
         if panel.label
@@ -58,7 +60,7 @@ def _row(figure: Figure) -> alt.HConcatChart:
         for panel in figure.panels
     ]
     title = alt.TitleParams(figure.title, subtitle=textwrap.wrap(figure.note, 150))
-    return alt.hconcat(*panels, title=title).resolve_scale(color="independent")
+    return alt.concat(*panels, columns=columns, title=title).resolve_scale(color="independent")
 
 
 def _empty() -> alt.Chart:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -113,9 +114,10 @@ def _layer_index(blocks: Sequence[Sequence[int]], count: int) -> Integers:
     return np.array([[*block, *[count] * (width - len(block))] for block in blocks], dtype=np.int64).reshape(-1, width)
 
 
-def _logs(norms: Floats) -> Floats:
+def _logs(norms: Floats) -> NDArray[np.float32]:
+    """Natural logarithms, NaN where there is none. In float32, as the norms were recorded: sorting is twice as fast."""
     with np.errstate(divide="ignore", invalid="ignore"):
-        logs = np.log(norms)
+        logs = np.log(norms).astype(np.float32)
     logs[~np.isfinite(logs)] = np.nan
     return logs
 
@@ -123,18 +125,19 @@ def _logs(norms: Floats) -> Floats:
 def _states(norms: Floats, nonfinite: NDArray[np.bool_]) -> NDArray[np.int8]:
     """What each norm is, the more telling the larger: 0 no gradient, 1 not finite, 2 exactly zero, 3 a number."""
     states = np.zeros(norms.shape, dtype=np.int8)
-    trained = ~np.isnan(norms).all(axis=0)
+    finite = norms[~nonfinite]
+    trained = ~np.isnan(finite).all(axis=0) | (len(finite) == 0)
     states[np.isinf(norms) | (np.isnan(norms) & nonfinite[:, None] & trained)] = 1
     states[norms == 0] = 2
     states[(norms > 0) & ~np.isinf(norms)] = 3
     return states
 
 
-def _median(values: Floats) -> Floats:
+def _median(values: NDArray[Any]) -> Floats:
     """Median along the last axis of what is not NaN; NaN where all is. Faster than numpy's own for many short rows."""
     ordered = np.sort(values, axis=-1)
     count = np.count_nonzero(~np.isnan(ordered), axis=-1)[..., None]
     low = np.take_along_axis(ordered, np.maximum(count - 1, 0) // 2, axis=-1)
     high = np.take_along_axis(ordered, count // 2, axis=-1)
-    median: Floats = 0.5 * (low + high)[..., 0]
+    median: Floats = 0.5 * (low + high)[..., 0].astype(np.float64)
     return median

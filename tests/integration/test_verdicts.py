@@ -21,7 +21,9 @@ QUICK = Thresholds(min_updates=5, every=1, window=10)
 
 def watched(model: Any, tmp_path: Path, **options: Any) -> GradGuardCallback:
     callback = GradGuardCallback(thresholds=QUICK, weights_every=3)
-    trainer(model, tmp_path, callback, **{"max_steps": 12, "learning_rate": 1e-3, "logging_steps": 4, **options}).train()
+    trainer(
+        model, tmp_path, callback, **{"max_steps": 12, "learning_rate": 1e-3, "logging_steps": 4, **options}
+    ).train()
     return callback
 
 
