@@ -181,8 +181,10 @@ class GradGuard:
         Args:
             updated: False if the optimizer made no update, as under a scaler that met an infinity.
         """
-        self._read()
-        self._window.updated = updated and not self._window.is_dropped
+        reading = self._read()
+        # The fused AdamW reports no skip: it is called all the same, and told of the infinity.
+        skipped_by_scaler = self._has_scaler and bool(reading.nonfinite)
+        self._window.updated = updated and not skipped_by_scaler and not self._window.is_dropped
         if self._window.probe is not None and self._window.updated:
             self.weights = self._window.probe.finish()
 
@@ -436,7 +438,7 @@ class GradGuard:
                 layer=verdict.layer,
                 value=verdict.value,
                 threshold=verdict.threshold,
-                message=" ".join(part for part in (verdict.message, verdict.why) if part),
+                message=" ".join(part[:1].upper() + part[1:] for part in (verdict.message, verdict.why) if part),
             )
         )
 

@@ -77,8 +77,8 @@ def train(
         initializer_range=INITIALIZER_RANGE,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
-        loss_type="ForCausalLM",
     )
+    config.loss_type = "ForCausalLM"  # what it would fall back to, with a warning
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
