@@ -37,10 +37,11 @@ class GradGuardConfig:
     """Keep the norm of every parameter each so many windows, and of every layer in the others. `auto`: in all of them
     until 128 MB have been written, then in every 2nd until 128 MB more, and so on."""
     flush_seconds: float = 2.0
-    """Longest time that a finished window stays in memory before it is written, in seconds; what a `kill -9` can lose."""
+    """Longest time in seconds that a finished window stays in memory before it is written, and so what a `kill -9` can
+    lose; longer where so many small writes would make the record larger than it may be."""
     weights_every: int = 100
-    """Measure weight norms, update-to-weight ratios and underflow each so many windows, and once more after a quarter of
-    that; 0 for never."""
+    """Measure weight norms, update-to-weight ratios and underflow each so many windows, and once more after a quarter
+    of that; 0 for never."""
     log_layers: bool = False
     """Whether the norm of every layer goes into the Trainer's log as well (`gradguard/layer_000/grad_norm` …)."""
     check_loss_scaling: bool = True

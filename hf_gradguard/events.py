@@ -15,7 +15,7 @@ class Event:
     """
 
     kind: str
-    """What it is about: `nonfinite`, `vanishing`, `exploding`, `dead`, `underflow`, `healthy`, `skipped`, `stopped` …"""
+    """What it is about: `nonfinite`, `stopped`, `warning`, or a verdict: `vanishing`, `exploding`, `dead` …"""
     step: int
     """The Trainer's `global_step` at the end of the window concerned (1 for the first); 0 before training."""
     parameter: str | None = None

@@ -211,7 +211,8 @@ class GradGuard:
 
         Args:
             loss: what was back-propagated, for the record.
-            num_tokens: the number of target tokens in the micro-batch.
+            num_tokens: the number of target tokens in the micro-batch, by which policies weight what they hold back;
+                without effect as long as none holds anything back.
         """
         accelerator = self._accelerator
         if self._optimizer is None:

@@ -77,9 +77,10 @@ class TrainerHold:
         for stand_in in reversed(self._stand_ins):
             stand_in.remove()
 
-    def _backward(self, original: Callable[..., Any], loss: Tensor, **kwargs: Any) -> None:
-        original(loss, **kwargs)
+    def _backward(self, original: Callable[..., Any], loss: Tensor, **kwargs: Any) -> Any:
+        result = original(loss, **kwargs)
         self._guard.micro_batch(loss, complete=self._trainer.accelerator.sync_gradients)
+        return result
 
     def _clip(
         self, original: Callable[..., Any], parameters: Any, max_norm: float, norm_type: float = 2, **kwargs: Any

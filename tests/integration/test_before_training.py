@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification, Trainer
 
-from hf_gradguard import GradGuardCallback
+from hf_gradguard import GradGuardCallback, RunRecord
+from hf_gradguard.integrations import preflight
 from tests.models import VOCABULARY, language_data, make
 from tests.training import arguments, assert_bit_equal, trainer, weights
 
@@ -76,10 +77,34 @@ def test_looking_changes_no_random_state_and_no_weight(tmp_path: Path) -> None:
     assert_bit_equal(weights(watched.model), weights(unwatched.model))
 
 
+@pytest.mark.parametrize("optim", ["lomo", "adalomo", "galore_adamw_layerwise"])
+def test_an_optimizer_that_leaves_no_gradient_is_named_before_training(optim: str, tmp_path: Path) -> None:
+    run = trainer(make("gpt2"), tmp_path, optim=optim)
+    (message,) = preflight.warnings_before_training(run)
+    assert optim in message
+
+
+def test_a_run_without_gradients_to_see_is_told_so_once_and_goes_on(tmp_path: Path) -> None:
+    model = make("gpt2")
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda tensor: setattr(tensor, "grad", None))
+    callback = GradGuardCallback()
+    (message,) = warnings_of(trainer(model, tmp_path, callback), callback)
+    assert "no parameter has a gradient" in message
+    assert RunRecord.load(tmp_path).losses.shape == (6,)
+
+
+def test_several_gpus_in_one_process_are_told_how_to_start_instead(tmp_path: Path) -> None:
+    run = trainer(make("gpt2"), tmp_path)
+    run.args._n_gpu = 2
+    (message,) = preflight.warnings_before_training(run)
+    assert "accelerate launch" in message
+
+
 def test_a_model_with_nothing_to_train_is_refused(tmp_path: Path) -> None:
     model = make("gpt2")
     model.requires_grad_(False)
-    with pytest.raises(ValueError, match="GPT2LMHeadModel has no trainable parameter.*Unfreeze"):
+    with pytest.raises(ValueError, match=r"GPT2LMHeadModel has no trainable parameter.*Unfreeze"):
         trainer(model, tmp_path, GradGuardCallback()).train()
 
 

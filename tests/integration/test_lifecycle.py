@@ -18,7 +18,7 @@ GUARDED = [(Accelerator, "clip_grad_norm_"), (Accelerator, "backward"), (Trainer
 SHIPPED = [vars(owner)[name] for owner, name in GUARDED]
 
 
-class Broken(RuntimeError):
+class BrokenError(RuntimeError):
     pass
 
 
@@ -30,7 +30,7 @@ class BreaksAt(Trainer):
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         self.steps += 1
         if self.steps == 3:
-            raise Broken("out of luck")
+            raise BrokenError("out of luck")
         return super().training_step(*args, **kwargs)
 
 
@@ -53,7 +53,7 @@ def test_an_exception_ends_the_record_and_passes_through(late: bool, tmp_path: P
     run = trainer(make("gpt2"), tmp_path, *([] if late else [callback]), kind=BreaksAt)
     if late:
         run.add_callback(callback)
-    with pytest.raises(Broken):
+    with pytest.raises(BrokenError):
         run.train()
     record = RunRecord.load(tmp_path)
     if not late:
@@ -66,6 +66,58 @@ def test_an_exception_ends_the_record_and_passes_through(late: bool, tmp_path: P
     assert callback.guard is not None
     assert callback.guard.windows == 2
     assert_nothing_left(run)
+
+
+def test_an_interrupt_by_the_keyboard_is_kept_as_one(tmp_path: Path) -> None:
+    class Interrupted(Trainer):
+        def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+            if self.state.global_step == 2:
+                raise KeyboardInterrupt
+            return super().training_step(*args, **kwargs)
+
+    run = trainer(make("gpt2"), tmp_path, GradGuardCallback(), kind=Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+    assert RunRecord.load(tmp_path).status == "interrupted"
+    assert_nothing_left(run)
+
+
+def test_evaluation_and_the_best_model_do_not_disturb_the_reading(tmp_path: Path) -> None:
+    options: dict[str, Any] = {
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "load_best_model_at_end": True,
+    }
+    run = Trainer(
+        make("gpt2"),
+        arguments(tmp_path, **options),
+        train_dataset=language_data(64),
+        eval_dataset=language_data(8),
+        callbacks=[GradGuardCallback],  # a class is as good as an object
+    )
+    run.train()
+    assert RunRecord.load(tmp_path).steps.tolist() == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_stream_and_an_incomplete_last_window_are_watched(tmp_path: Path) -> None:
+    from datasets import IterableDataset
+
+    def rows() -> Any:
+        yield from ({key: value.tolist() for key, value in row.items()} for row in language_data(10))
+
+    callback = GradGuardCallback()
+    run = Trainer(
+        make("bert"),
+        arguments(tmp_path, max_steps=6, per_device_train_batch_size=2, gradient_accumulation_steps=2),
+        train_dataset=IterableDataset.from_generator(rows),
+        callbacks=[callback],
+    )
+    run.train()
+    assert callback.guard is not None
+    assert callback.guard.windows == 6
+    assert [event.kind for event in callback.guard.events] == ["warning"]  # that BERT's loss is not normalised
 
 
 def test_a_callback_added_later_watches_too(tmp_path: Path) -> None:
@@ -110,7 +162,7 @@ def test_a_resumed_run_goes_on_in_the_same_record(tmp_path: Path) -> None:
     whole.train()
     options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 3, "max_steps": 8}
     broken = trainer(make("gpt2"), tmp_path / "parts", GradGuardCallback(), kind=StopsAtFive, **options)
-    with pytest.raises(Broken):
+    with pytest.raises(BrokenError):
         broken.train()
     callback = GradGuardCallback()
     resumed = trainer(make("gpt2"), tmp_path / "parts", callback, **options)
@@ -126,7 +178,7 @@ def test_a_resumed_run_goes_on_in_the_same_record(tmp_path: Path) -> None:
 class StopsAtFive(Trainer):
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self.state.global_step == 5:
-            raise Broken
+            raise BrokenError
         return super().training_step(*args, **kwargs)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import Trainer
 
 from hf_gradguard import GradGuardCallback
 from tests.counters import Counters
@@ -120,6 +121,34 @@ def test_watching_costs_no_wait_no_collective_and_one_pass(limit: float, tmp_pat
     else:
         assert counts[True]["gradient_reads"] == 3 * size
         assert counts[True]["gradient_writes"] == size
+
+
+def test_a_model_that_the_trainer_compiles_is_read_and_not_changed(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"torch_compile": True, "torch_compile_backend": "eager"}
+    unwatched = trainer(make("gpt2"), tmp_path / "unwatched", **options)
+    unwatched.train()
+    callback = Readings()
+    watched = trainer(make("gpt2"), tmp_path / "watched", callback, **options)
+    watched.train()
+    assert_bit_equal(weights(unwatched.model), weights(watched.model))
+    assert all(callback.readings[-1].norms().values())
+
+
+@pytest.mark.parametrize("limit", [0.0, 1e-3, 1e6])
+def test_the_trainers_own_way_for_mixed_meshes_is_watched_too(limit: float, tmp_path: Path) -> None:
+    class MixedMeshes(Trainer):
+        def _has_mixed_mesh_grads(self, model: Any) -> bool:
+            return True
+
+    unwatched = trainer(make("gpt2"), tmp_path / "unwatched", kind=MixedMeshes, max_grad_norm=limit)
+    unwatched.train()
+    callback = Readings()
+    watched = trainer(make("gpt2"), tmp_path / "watched", callback, kind=MixedMeshes, max_grad_norm=limit)
+    watched.train()
+    assert_bit_equal(weights(unwatched.model), weights(watched.model))
+    logged = [row["grad_norm"] for row in unwatched.state.log_history if "grad_norm" in row]
+    assert [reading.total_norm for reading in callback.readings] == pytest.approx(logged, rel=1e-5)
+    assert callback.readings[0].total_norm > 0
 
 
 def test_a_compiled_model_is_read_under_its_own_names(tmp_path: Path) -> None:
