@@ -167,6 +167,8 @@ class GradGuard:
 
     def before_step(self) -> None:
         """To be called when clipping is done and the optimizer is about to step: a skip takes place here."""
+        if self._window.measurement is None and self._has_scaler:  # nobody clipped, so nobody has unscaled
+            self._accelerator.unscale_gradients(self._optimizer)
         self._measure()
         if not self._reads_late:
             self._read()
@@ -223,8 +225,6 @@ class GradGuard:
         self.micro_batch(loss, complete=complete)
         if not complete:
             return
-        if accelerator is not None:
-            accelerator.unscale_gradients(self._optimizer)
         self.before_step()
         self._optimizer.step()
         self.after_step(updated=not getattr(self._optimizer, "step_was_skipped", False))
