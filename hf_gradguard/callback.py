@@ -21,7 +21,6 @@ from hf_gradguard.guard import GradGuard
 from hf_gradguard.integrations import preflight
 from hf_gradguard.integrations.standin import StandIn
 from hf_gradguard.integrations.trainer import TrainerHold, calling_trainer, has_callback
-from hf_gradguard.record.facts import run_facts
 
 
 class GradGuardCallback(TrainerCallback, ExportableState):
@@ -64,7 +63,7 @@ class GradGuardCallback(TrainerCallback, ExportableState):
             self.config,
             accelerator=None if trainer is None else trainer.accelerator,
             output_dir=self._output_dir(args, state),
-            run=run_facts(model, args, self.config),
+            arguments=args,
             start_step=state.global_step,
             is_main=state.is_world_process_zero,
         )

@@ -25,6 +25,7 @@ from hf_gradguard.observe.norms import NO_GRADIENT, HostCopy, Measurement
 from hf_gradguard.observe.reading import Reading
 from hf_gradguard.observe.structure import read_layout
 from hf_gradguard.observe.weights import WeightProbe, WeightReading
+from hf_gradguard.record.facts import run_facts
 from hf_gradguard.record.writer import RecordWriter, Window
 
 logger = logging.getLogger(__name__)
@@ -66,7 +67,7 @@ class GradGuard:
         lr_scheduler: stepped by `step`, once an update.
         output_dir: the record goes to `gradguard/` in it; by default the accelerator's project directory, else the
             current one.
-        run: facts about the run to keep in the record.
+        arguments: the TrainingArguments, where there are any, to keep in the record.
         start_step: the number of updates made before, for a run that goes on.
         is_main: whether this process writes the record and speaks.
 
@@ -91,7 +92,7 @@ class GradGuard:
         accelerator: Any = None,
         lr_scheduler: Any = None,
         output_dir: str | Path | None = None,
-        run: dict[str, Any] | None = None,
+        arguments: Any = None,
         start_step: int = 0,
         is_main: bool | None = None,
     ) -> None:
@@ -111,7 +112,7 @@ class GradGuard:
         self._accelerator = accelerator
         self._lr_scheduler = lr_scheduler
         self._nonfinite = policies.parse(self.config.nonfinite)
-        self._run = run or {}
+        self._run = run_facts(model, arguments, self.config)
         self._directory = self._record_directory(output_dir)
         self._is_main = is_main if is_main is not None else getattr(accelerator, "is_main_process", True)
         self._started = time.monotonic()

@@ -357,7 +357,9 @@ def test_a_raw_loop_is_guarded_without_changing_it(tmp_path: Path) -> None:
     assert_bit_equal(weights(guarded), weights(unguarded))
     assert guard is not None
     assert guard.windows == guard.updates == 5
-    assert RunRecord.load(tmp_path).steps.tolist() == [1, 2, 3, 4, 5]
+    record = RunRecord.load(tmp_path)
+    assert record.steps.tolist() == [1, 2, 3, 4, 5]
+    assert record.run["model"]["class"] == "GPT2LMHeadModel"
 
 
 def test_a_nan_in_a_raw_loop_costs_one_update(tmp_path: Path) -> None:
