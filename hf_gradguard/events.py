@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
+from sys import intern
 from typing import Any
 
+ROUTINE = frozenset({"clipped", "deferred"})
+"""Kinds that a policy may bring about in every window: logged quietly, and summed up where others are listed."""
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, slots=True)
 class Event:
     """One thing that was found or done, with everything that is known about where.
 
-    A field that is unknown or does not apply is None.
+    A field that is unknown or does not apply is None. A run may hold a hundred thousand of them.
     """
 
     kind: str
-    """What it is about: `nonfinite`, `stopped`, `warning`, or a verdict: `vanishing`, `exploding`, `dead` …"""
+    """What it is about. Found: `nonfinite`, or a verdict: `vanishing`, `exploding`, `dead` … Done: `clipped`,
+    `deferred` (the window was held back), `skipped`, `discarded` (windows held back were given up), `stopped`. Said:
+    `notice`, `warning`."""
     step: int
     """The Trainer's `global_step` at the end of the window concerned (1 for the first); 0 before training."""
     parameter: str | None = None
@@ -27,17 +32,20 @@ class Event:
     rank: int | None = None
     """Rank on which it happened, where that is known."""
     value: float | None = None
-    """The number that was found."""
+    """The number that was found; for `discarded` the number of windows."""
     threshold: float | None = None
     """The number it was held against."""
     action: str | None = None
-    """What was done about it: `skip`, `stop`, or None where it was only observed."""
+    """What was done about it: `skip`, `stop`, `hold`, `clip`, `discard`; in a dry run what would have been done:
+    `would skip`, `would hold` …; None where it was only observed."""
     message: str = ""
-    """A plain sentence for people."""
+    """A plain sentence for people; empty where the other fields say it all."""
 
     def to_dict(self) -> dict[str, Any]:
         """The fields that are known, as JSON values (a non-finite number as its name)."""
-        fields = {key: value for key, value in dataclasses.asdict(self).items() if value is not None}
+        fields = {key: value for key in _FIELDS if (value := getattr(self, key)) is not None}
+        if not self.message:
+            del fields["message"]
         for key in ("value", "threshold"):
             number = fields.get(key)
             if number is not None and number - number != 0:  # inf and nan have no JSON form
@@ -47,9 +55,14 @@ class Event:
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Event:
         """The inverse of `to_dict`; keys that this version does not know are left out."""
-        known = {field.name for field in dataclasses.fields(cls)}
-        values = {key: value for key, value in fields.items() if key in known}
+        values = {key: value for key, value in fields.items() if key in _FIELDS}
         for key in ("value", "threshold"):
             if isinstance(values.get(key), str):
                 values[key] = float(values[key])
+        for key in ("kind", "action"):
+            if isinstance(values.get(key), str):
+                values[key] = intern(values[key])  # the same few words in all events
         return cls(**values)
+
+
+_FIELDS = Event.__slots__

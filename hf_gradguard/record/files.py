@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hf_gradguard.observe.layout import Layout
 
-FORMAT = 1
+FORMAT = 2
+"""Of what is written; what an earlier version wrote, from format 1 on, is read as well."""
 RUN = "run.json"
 LAYOUT = "layout.json.gz"
 WINDOWS = "windows.arrow"
 WEIGHTS = "weights.arrow"
+ACCUMULATION = "accumulation.arrow"
 EVENTS = "events.jsonl"
 END = "end.json"
 

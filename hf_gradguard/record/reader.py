@@ -17,7 +17,7 @@ from hf_gradguard.events import Event
 from hf_gradguard.record import files
 from hf_gradguard.record.files import RecordError
 from hf_gradguard.record.groups import NO_GRADIENT, group_norms
-from hf_gradguard.record.stream import read_stream, weights_schema, windows_schema
+from hf_gradguard.record.stream import accumulation_schema, read_stream, weights_schema, windows_schema
 
 if TYPE_CHECKING:
     from hf_gradguard.observe.layout import Layout
@@ -27,6 +27,7 @@ __all__ = ["RecordError", "RunRecord", "Segment"]
 Floats = NDArray[np.float64]
 
 _NUMBERS = ("loss", "learning_rate", "total_norm", "clip_coefficient", "seconds", "updated")
+_HELD = ("windows", "weight", "accumulated_norm", "noise_scale", "updated")
 
 
 @dataclass
@@ -58,6 +59,10 @@ class Segment:
     """`[k, groups]`."""
     update_ratios: Floats
     """`[k, groups]`."""
+    accumulation_steps: NDArray[np.int64]
+    """`[m]`, empty where no policy decided when the optimizer steps."""
+    accumulation: dict[str, Floats]
+    """Windows held, weight, accumulated norm, noise scale and updated (0 or 1), each `[m]`, by name."""
     events: list[Event]
     """In the order in which they happened."""
 
@@ -69,9 +74,9 @@ class Segment:
             RecordError: a file is damaged. An end that is missing is not damage.
         """
         run = files.read_json(path / files.RUN)
-        if run.get("format") != files.FORMAT:
+        if run.get("format") not in range(1, files.FORMAT + 1):
             raise RecordError(
-                f"{path / files.RUN} has format {run.get('format')!r}, this version of hf-gradguard reads "
+                f"{path / files.RUN} has format {run.get('format')!r}, this version of hf-gradguard reads 1 to "
                 f"{files.FORMAT}; read it with the version that wrote it, or a newer one"
             )
         layout = files.read_layout(path / files.LAYOUT)
@@ -79,7 +84,8 @@ class Segment:
         steps, numbers, norms = _read_windows(path / files.WINDOWS, layout)
         return cls(
             path, run, layout, int(run.get("start_step", 0)), str(end.get("status")), str(end.get("message", "")),
-            steps, numbers, norms, *_read_weights(path / files.WEIGHTS, layout), _read_events(path / files.EVENTS),
+            steps, numbers, norms, *_read_weights(path / files.WEIGHTS, layout),
+            *_read_accumulation(path / files.ACCUMULATION), _read_events(path / files.EVENTS),
         )  # fmt: skip
 
     def parameter_norms(self) -> Iterator[NDArray[np.float32]]:
@@ -158,6 +164,7 @@ class RunRecord:
         """L2 norm of each group's weights, `[k, groups]`."""
         self.update_ratios = self._by_group([s.update_ratios for s in segments], weights_kept)
         """Norm of the update ÷ norm of the weights of each group, `[k, groups]`."""
+        self._read_held(segments, limits)
         self.events = [
             event for s, limit in zip(segments, limits, strict=True) for event in s.events if event.step <= limit
         ]
@@ -208,6 +215,25 @@ class RunRecord:
     def layer_norms(self) -> Floats:
         """L2 norm of each layer's gradient, float64 `[windows, layers]`; NaN where it had none."""
         return self.group_norms[:, list(self.layout.layers)]
+
+    def _read_held(self, segments: Sequence[Segment], limits: Sequence[float]) -> None:
+        kept = [segment.accumulation_steps <= limit for segment, limit in zip(segments, limits, strict=True)]
+        held = {
+            name: np.concatenate([s.accumulation[name][k] for s, k in zip(segments, kept, strict=True)])
+            for name in _HELD
+        }
+        self.accumulation_steps = np.concatenate([s.accumulation_steps[k] for s, k in zip(segments, kept, strict=True)])
+        """Step of each window in which a policy decided whether the optimizer steps, int64 `[m]`; none without one."""
+        self.held_windows = held["windows"].astype(np.int64)
+        """Windows held after each of these, that window included, int64 `[m]`."""
+        self.held_weights = held["weight"]
+        """Target tokens held (micro-batches where there are no labels), `[m]`."""
+        self.accumulated_norms = held["accumulated_norm"]
+        """L2 norm of the held gradient as an update would use it, before clipping, `[m]`."""
+        self.noise_scales = held["noise_scale"]
+        """Estimate of the gradient noise scale in the unit of `held_weights`, `[m]`; NaN where unknown."""
+        self.accumulation_updated = held["updated"].astype(np.bool_)
+        """Whether the policy let the optimizer step with what was held, bool `[m]`; in a dry run, would have let."""
 
     def _by_group(self, tables: Sequence[Floats], kept: Sequence[NDArray[np.bool_]]) -> Floats:
         names = [group.name for group in self.layout.groups]
@@ -294,6 +320,15 @@ def _read_weights(path: Path, layout: Layout) -> tuple[NDArray[np.int64], Floats
             table[present] = rows
             parts.append(table)
     return np.concatenate(steps), np.concatenate(norms), np.concatenate(ratios)
+
+
+def _read_accumulation(path: Path) -> tuple[NDArray[np.int64], dict[str, Floats]]:
+    steps, rows = [np.empty(0, np.int64)], [np.empty((0, len(_HELD)))]
+    for batch in read_stream(path, accumulation_schema()):
+        steps.append(batch["step"].to_numpy())
+        rows.append(np.stack([batch[name].to_numpy(zero_copy_only=False) for name in _HELD], axis=1))
+    columns = np.concatenate(rows).T
+    return np.concatenate(steps), dict(zip(_HELD, columns, strict=True))
 
 
 def _read_events(path: Path) -> list[Event]:

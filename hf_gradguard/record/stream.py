@@ -53,6 +53,20 @@ def weights_schema() -> Any:
     )
 
 
+def accumulation_schema() -> Any:
+    """Columns of `accumulation.arrow`."""
+    import pyarrow as pa
+
+    return pa.schema(
+        [
+            pa.field("step", pa.int64(), nullable=False),
+            pa.field("windows", pa.int32(), nullable=False),
+            *(pa.field(name, pa.float64(), nullable=False) for name in ("weight", "accumulated_norm", "noise_scale")),
+            pa.field("updated", pa.bool_(), nullable=False),
+        ]
+    )
+
+
 def _list_field(name: str) -> Any:
     import pyarrow as pa
 

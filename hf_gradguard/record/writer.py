@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import logging
 import time
@@ -14,27 +15,36 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from hf_gradguard.events import ROUTINE, Event
 from hf_gradguard.record import files
 from hf_gradguard.record.groups import group_norms, group_updates
-from hf_gradguard.record.stream import Ragged, StreamWriter, weights_schema, windows_schema, write_all
+from hf_gradguard.record.stream import (
+    Ragged,
+    StreamWriter,
+    accumulation_schema,
+    weights_schema,
+    windows_schema,
+    write_all,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from hf_gradguard.events import Event
     from hf_gradguard.observe.layout import Layout
 
 _logger = logging.getLogger(__name__)
 
 _BYTES_A_NORM = 4
 _BYTES_A_WINDOW = 64
-_BYTES_A_RUN = 64_000 - 3_000
-"""What a run may take beside its windows, less what closing it may need: a last flush of both tables and `end.json`."""
+_BYTES_AN_ACCUMULATION = 48
+_BYTES_A_RUN = 64_000 - 4_000
+"""What a run may take beside its windows, less what closing it may need: a last flush of all tables and `end.json`."""
 _BYTES_A_FLUSH = 1_100
 """Upper bound of the frame that Arrow puts around one batch."""
 _BUFFERED_WINDOWS = 64
 _BUFFERED_BYTES = 4_000_000
 _LEAST_BUFFERED_WINDOWS = 16
+_to_json = json.JSONEncoder(separators=(",", ":")).encode
 BYTES_A_LEVEL = 128_000_000
 """How much `record_every="auto"` writes before it doubles the interval."""
 
@@ -61,11 +71,30 @@ class Window:
     """Time since the segment's start."""
 
 
+@dataclass(frozen=True, slots=True)
+class AccumulationRow:
+    """What is held back after a window, where a policy decides when the optimizer steps; in a dry run what would be."""
+
+    step: int
+    """Of the window."""
+    windows: int
+    """Windows held, this one included."""
+    weight: float
+    """Target tokens held (micro-batches where there are no labels)."""
+    accumulated_norm: float
+    """L2 norm of the held gradient as an update would use it, before clipping."""
+    noise_scale: float
+    """Smoothed estimate of the gradient noise scale, in the unit of `weight`; NaN while unknown."""
+    updated: bool
+    """Whether the policy let the optimizer step with it."""
+
+
 class RecordWriter:
     """Appends one segment to the record in `directory`. Nothing of the segments before it is touched.
 
-    Windows are held back until `flush_seconds` have passed or the buffer (64 windows or 4 MB) is full. What was written
-    survives a kill at once; it is not forced to the disk, so a power cut may cost a little more.
+    Windows, and the events of routine kinds, are held back until `flush_seconds` have passed or the buffer (64 windows
+    or 4 MB) is full; other events are written at once. What was written survives a kill at once; it is not forced to
+    the disk, so a power cut may cost a little more.
 
     An error of the disk after the start is logged once; the writer then records nothing more and raises nothing.
 
@@ -103,6 +132,7 @@ class RecordWriter:
                 "written to, or turn the record off with record=False"
             ) from error
         self._layout = layout
+        self._facts = facts
         self._adapts = record_every == "auto"
         self._every = 1 if record_every == "auto" else record_every
         self._level_bytes = 0
@@ -116,9 +146,26 @@ class RecordWriter:
         self._norms = np.empty((_buffer_size(len(layout.parameters)), len(layout.parameters)), np.float32)
         self._detailed = np.zeros(len(self._norms), np.bool_)
         self._weights: list[tuple[int, NDArray[np.float64], NDArray[np.float64]]] = []
-        self._schemas = {files.WINDOWS: windows_schema(), files.WEIGHTS: weights_schema()}
+        self._accumulations: list[AccumulationRow] = []
+        self._accumulated = 0
+        self._schemas = {
+            files.WINDOWS: windows_schema(),
+            files.WEIGHTS: weights_schema(),
+            files.ACCUMULATION: accumulation_schema(),
+        }
         self._streams: dict[str, StreamWriter] = {}
         self._events: FileIO | None = None
+        self._lines: list[bytes] = []
+
+    def start_at(self, step: int) -> None:
+        """Makes this segment one that starts after another step, before its first window: for a run that learns only
+        now that it goes on from a checkpoint."""
+        if not self._is_open or self._windows:
+            return
+        try:
+            files.write_json(self.path / files.RUN, self._facts | {"start_step": step})
+        except OSError as error:
+            self._give_up(error)
 
     def window(self, row: Window) -> None:
         """Adds one window, and writes what is held back if that is due."""
@@ -146,16 +193,22 @@ class RecordWriter:
         if self._is_open:
             self._weights.append((step, *group_updates(self._layout, norms, update_ratios)))
 
+    def accumulation(self, row: AccumulationRow) -> None:
+        """Adds what is held back after a window; it is written with the next windows, so tell it before `window`."""
+        if self._is_open:
+            self._accumulations.append(row)
+            self._accumulated += 1
+
     def event(self, event: Event) -> None:
-        """Writes one event at once."""
+        """Writes one event at once, or with the next windows if it is of a routine kind."""
         if not self._is_open:
             return
+        self._lines.append(_to_json(event.to_dict()).encode() + b"\n")
+        if event.kind in ROUTINE:
+            return
+        self._spent += len(self._lines[-1])
         try:
-            if self._events is None:
-                self._events = (self.path / files.EVENTS).open("xb", buffering=0)
-            line = json.dumps(event.to_dict()).encode() + b"\n"
-            write_all(self._events, line)
-            self._spent += len(line)
+            self._write_events()
         except OSError as error:
             self._give_up(error)
 
@@ -168,10 +221,15 @@ class RecordWriter:
                 self._append(files.WINDOWS, self._window_columns())
             if self._weights:
                 self._append(files.WEIGHTS, self._weight_columns())
+            if self._accumulations:
+                self._append(files.ACCUMULATION, self._accumulation_columns())
+            if self._lines:
+                self._write_events()
         except OSError as error:
             self._give_up(error)
         self._scalars.clear()
         self._weights.clear()
+        self._accumulations.clear()
         self._flushed_at = time.monotonic()
 
     def close(self, status: str, message: str = "") -> None:
@@ -211,9 +269,11 @@ class RecordWriter:
         """Whether the record keeps within its size if it is written now, even where nothing can be compressed."""
         held, groups = len(self._scalars), len(self._layout.groups)
         norms = np.where(self._detailed[:held], self._norms.shape[1], groups).sum() + 2 * groups * len(self._weights)
-        frames = _BYTES_A_FLUSH * (2 if self._weights else 1)
+        frames = _BYTES_A_FLUSH * (1 + bool(self._weights) + bool(self._accumulations))
         cost = _BYTES_A_NORM * norms + _BYTES_A_WINDOW * (held + len(self._weights)) + frames
+        cost += _BYTES_AN_ACCUMULATION * len(self._accumulations)
         allowed = _BYTES_A_RUN + self._windows * (_BYTES_A_WINDOW + _BYTES_A_NORM * self._norms.shape[1])
+        allowed += _BYTES_AN_ACCUMULATION * self._accumulated
         return bool(self._spent + cost <= allowed)
 
     def _window_columns(self) -> dict[str, NDArray[Any] | Ragged]:
@@ -240,6 +300,18 @@ class RecordWriter:
             "weight_norms": (_to_float32(np.stack(norms)), everywhere),
             "update_ratios": (_to_float32(np.stack(ratios)), everywhere),
         }
+
+    def _accumulation_columns(self) -> dict[str, NDArray[Any] | Ragged]:
+        return {
+            field.name: np.array([getattr(row, field.name) for row in self._accumulations])
+            for field in dataclasses.fields(AccumulationRow)
+        }
+
+    def _write_events(self) -> None:
+        lines, self._lines = b"".join(self._lines), []
+        if self._events is None:
+            self._events = (self.path / files.EVENTS).open("xb", buffering=0)
+        write_all(self._events, lines)
 
     def _append(self, name: str, columns: Mapping[str, NDArray[Any] | Ragged]) -> None:
         if name not in self._streams:

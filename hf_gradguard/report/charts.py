@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,8 @@ FRAMES = 60
 """Positions of the slider."""
 POINTS = 600
 """Most points of a line."""
+DOTTED = 150
+"""Most points of a figure that are marked, where they lie apart."""
 MARKED = 200
 """Most events that are marked in a figure."""
 
@@ -48,7 +51,18 @@ _OVERLAP = 0.4
 _DECADES = 3
 """The least that the colours of a heat map span: what differs less than that in all looks even, as it is."""
 _EVENT_HUES = ("#CC79A7", "#E69F00", "#56B4E9", "#0072B2")
-_ACTS = ("nonfinite", "spike", "skipped", "rewound", "stopped", "warning")
+_ACTS = ("nonfinite", "spike", "skipped", "rewound", "discarded", "stopped", "warning")
+
+
+@dataclass(frozen=True)
+class _Line:
+    """A threshold, drawn as a dashed line."""
+
+    at: float
+    note: str
+    """What it means."""
+    always: bool = False
+    """Whether it is drawn also where the curves stay above it."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +89,7 @@ def report_figures(run: Run) -> list[Figure]:
     if not len(run.record.steps):
         return []
     figures = _depth_figures([run]) if run.record.layers else []
-    figures += [_loss_figure([run]), _norm_figure([run])]
+    figures += [_loss_figure([run]), _norm_figure(run), _batch_figure(run), _clip_figure(run)]
     if any(len(stack.layers) > 1 for stack in run.stacks):
         figures.append(_ratio_figure([run]))
     if len(run.record.weight_steps) and run.record.layers:
@@ -133,8 +147,8 @@ def _heat_figure(runs: Sequence[Run], reduced: Sequence[Cells]) -> Figure:
     ]
     return Figure(
         "Which layers starve, and since when?",
-        "Gradient norm of every layer at every update, before clipping: dark is little. The input is at the bottom, "
-        "the output at the top.",
+        f"Gradient norm of every layer at every {_unit(runs)}, before clipping: dark is little. The input is at the "
+        "bottom, the output at the top.",
         tuple(panels),
     )
 
@@ -152,7 +166,7 @@ def _heat_map(run: Run, summary: Cells, domain: tuple[float, float]) -> alt.Laye
             y=_depth_axis(alt.Y, run, "bottom"),
             y2="top:Q",
             color=_heat_color(domain),
-            tooltip=["layer:N", "updates:N", alt.Tooltip("norm:Q", format=".3~g"), alt.Tooltip("state:N", title=" ")],
+            tooltip=["layer:N", _span_tooltip([run]), *_norm_tooltips()],
         )
     )
     key = _state_key([state for state in _STATES if any(row[-1] == state for row in table)])
@@ -219,7 +233,7 @@ def _verdict_line(run: Run) -> list[alt.Chart]:
     if run.since is None or run.verdict.kind in ("healthy", "unknown"):
         return []
     at_right = run.since > run.record.steps.mean()
-    base = alt.Chart(_data(("at", "label"), [(run.since, f"{run.verdict.kind} since update {run.since}")]))
+    base = alt.Chart(_data(("at", "label"), [(run.since, f"{run.verdict.kind} since {run.unit} {run.since}")]))
     label = base.mark_text(align="right" if at_right else "left", baseline="bottom", color=_INK, fontSize=12)
     return [
         base.mark_rule(color="white", strokeWidth=1.5, strokeDash=[5, 4]).encode(x="at:Q"),
@@ -234,12 +248,13 @@ def _profile_figure(runs: Sequence[Run], reduced: Sequence[Cells]) -> Figure:
         Panel("" if alone else run.name, _profile(run, summary, domain, slider=alone))
         for run, summary in zip(runs, reduced, strict=True)
     ]
+    latest = f"{_unit(runs)}s"
     move = " Move the slider to see how that came about." if alone and len(reduced[0].first_step) > 1 else ""
     gaps = any(not np.all((summary.norms > 0) & np.isfinite(summary.norms)) for summary in reduced)
     crosses = " Crosses at the bottom are layers whose gradient is missing, exactly zero or not finite." if gaps else ""
     return Figure(
         "Does the gradient reach the first layer?",
-        f"Gradient norm of each layer: blue in the latest updates, grey at the start of the record.{move}{crosses}",
+        f"Gradient norm of each layer: blue in the latest {latest}, grey at the start of the record.{move}{crosses}",
         tuple(panels),
     )
 
@@ -251,7 +266,7 @@ def _profile(run: Run, summary: Cells, domain: tuple[float, float], *, slider: b
     fields = ("frame", "depth", "layer", "updates", "norm", "state", "piece")
     base = alt.Chart(_data(fields, table)).encode(
         x=_depth_axis(alt.X, run, "depth"),
-        tooltip=["layer:N", "updates:N", alt.Tooltip("norm:Q", format=".3~g"), alt.Tooltip("state:N", title=" ")],
+        tooltip=["layer:N", _span_tooltip([run]), *_norm_tooltips()],
     )
     curves = base.transform_filter("datum.norm > 0").encode(y=_number_axis("norm", "gradient norm", domain))
     start = curves.transform_filter("datum.frame == 0").mark_line(color="#b4bcc7", strokeWidth=1.5)
@@ -271,7 +286,7 @@ def _profile(run: Run, summary: Cells, domain: tuple[float, float], *, slider: b
         start.encode(detail="piece:N"),
         now.encode(detail="piece:N"),
         without.encode(y=alt.value(_PROFILE_HEIGHT - 8), color=alt.Color("state:N", scale=colors, legend=None)),
-        _frame_label(summary, frames, chosen),
+        _frame_label(run, summary, frames, chosen),
     ]
     return alt.layer(*layers).properties(height=_PROFILE_HEIGHT)
 
@@ -291,9 +306,9 @@ def _even(count: int, most: int) -> list[int]:
     return [round(place) for place in np.linspace(0, count - 1, min(count, most)).tolist()]
 
 
-def _frame_label(summary: Cells, frames: Sequence[int], chosen: str) -> alt.Chart:
+def _frame_label(run: Run, summary: Cells, frames: Sequence[int], chosen: str) -> alt.Chart:
     """Which updates the slider shows."""
-    spans = [(frame, _update_span(*_steps(summary, row))) for frame, row in enumerate(frames)]
+    spans = [(frame, _named_span(run, *_steps(summary, row))) for frame, row in enumerate(frames)]
     label = alt.Chart(_data(("frame", "label"), spans)).transform_filter(chosen)
     label = label.mark_text(align="left", baseline="bottom", fontSize=13, fontWeight=600, color=_HUES[0])
     return label.encode(x=alt.value(0), y=alt.value(-6), text="label:N")
@@ -308,13 +323,60 @@ def _steps(summary: Cells, row: int) -> tuple[int, int]:
 
 def _loss_figure(runs: Sequence[Run]) -> Figure:
     series = [(run.name, run, run.record.losses) for run in runs]
-    return _time_figure("Does the loss fall?", "Loss of each update", "loss", series, log=False, events=True)
+    return _time_figure("Does the loss fall?", f"Loss of each {_unit(runs)}", "loss", series, log=False, events=True)
 
 
-def _norm_figure(runs: Sequence[Run]) -> Figure:
-    series = [(run.name, run, run.record.total_norms) for run in runs]
+def _norm_figure(run: Run) -> Figure:
+    record = run.record
+    series = [(run.name, run, record.total_norms)]
     note = "L2 norm of the whole gradient, before clipping"
-    return _time_figure("How large is the gradient as a whole?", note, "gradient norm", series, log=True, events=True)
+    line = None
+    if len(record.accumulation_steps):
+        used = np.where(record.accumulation_updated, record.accumulated_norms, np.nan)
+        series = [("window", run, record.total_norms), ("accumulated", run, run.held(used))]
+        line = _threshold(run)
+        note += f", of each window and accumulated at each update{_if_dry(run)}"
+    title, apart = "How large is the gradient as a whole?", len(series) > 1
+    return _time_figure(title, note, "gradient norm", series, log=True, events=True, line=line, apart=apart)
+
+
+def _threshold(run: Run) -> _Line | None:
+    """What the norm of the accumulated gradient has to reach for an update, where the policy goes by that."""
+    found = re.fullmatch(r"norm_threshold:(?:.*,)?threshold=([^,]+).*", run.policy("accumulate"))
+    if found is None:
+        return None
+    threshold = float(found[1])
+    return _Line(threshold, f"an update is made when the accumulated one reaches the dashed line, {threshold:g}", True)
+
+
+def _batch_figure(run: Run) -> Figure:
+    record = run.record
+    used = np.where(record.accumulation_updated, record.held_weights, np.nan)
+    series = [("batch of each update", run, run.held(used)), ("noise scale", run, run.held(record.noise_scales))]
+    known = [one for one in series if np.isfinite(one[2]).any()]
+    note = (
+        "Target tokens that an update was made of (micro-batches where there are no labels), and the gradient noise "
+        "scale in the same unit: a batch far above it hardly makes the gradient any better, one far below is mostly "
+        f"noise{_if_dry(run)}"
+    )
+    return _time_figure("How large is the batch of an update?", note, "batch size", known, log=True, apart=True)
+
+
+def _if_dry(run: Run) -> str:
+    return "; the accumulation is what the policy would have made" if run.dry_run else ""
+
+
+def _clip_figure(run: Run) -> Figure:
+    """The factor of a rule of the guard; the Trainer's own clipping follows from the norm and its limit."""
+    factors = run.record.clip_coefficients
+    if run.dry_run or not run.policy("clip") or not (factors < 1).any():
+        return Figure("", "", ())
+    note = (
+        f"What clip={run.policy('clip')} multiplied the gradient with: 1 where nothing was clipped, the smallest "
+        "factor where parts are clipped by themselves"
+    )
+    series = [(run.name, run, factors)]
+    return _time_figure("How much does clipping take away?", note, "factor", series, log=True, apart=True)
 
 
 def _ratio_figure(runs: Sequence[Run]) -> Figure:
@@ -330,8 +392,13 @@ def _ratio_figure(runs: Sequence[Run]) -> Figure:
         "first ÷ last layer",
         series,
         log=True,
-        line=max((run.thresholds.vanishing for run in runs), default=None),
+        line=_vanishing_line(runs),
     )
+
+
+def _vanishing_line(runs: Sequence[Run]) -> _Line | None:
+    at = max((run.thresholds.vanishing for run in runs), default=None)
+    return None if at is None else _Line(at, f"below the dashed line, {at:g}, it counts as vanishing")
 
 
 def _update_figure(run: Run) -> Figure:
@@ -373,35 +440,40 @@ def _time_figure(
     *,
     log: bool,
     events: bool = False,
-    line: float | None = None,
+    line: _Line | None = None,
+    apart: bool = False,
 ) -> Figure:
-    """Curves over updates, and a dashed line where they get below a threshold. Events are marked where the curves are
-    of one run, for else they could not be told apart."""
+    """Curves over updates, and a threshold. Events are marked where the curves are of one run, for else they could not
+    be told apart. Points that lie `apart`, as those of updates made of several windows, are marked while they are few.
+    """
     table = [row for name, run, values in series for row in _line_rows(name, run, values, log)]
     if not table:
         return Figure(title, note, ())
     runs = list({id(run): run for _, run, _ in series}.values())
     base = alt.Chart(_data(("step", "updates", "series", "value", "low", "high"), table))
     x, color = _step_axis(runs, "step"), _series_color("series", [name for name, _, _ in series])
-    reach = _log_domain([np.array([float(row[column]) for row in table]) for column in (4, 5)], decades=1)
+    drawn = [np.array([float(row[column]) for row in table]) for column in (4, 5)]
+    reach = _log_domain([*drawn, np.array([line.at] if line is not None and line.always else [])], decades=1)
     y = _number_axis("value", axis, reach if log else None)
-    curves = base.mark_line(strokeWidth=1.8, point={"size": 12} if len(table) < 3 * len(series) else False).encode(
+    dotted = len(table) < 3 * len(series) or (apart and len(table) <= DOTTED)
+    curves = base.mark_line(strokeWidth=1.8, point={"size": 12} if dotted else False).encode(
         x=x,
         y=y,
         color=color,
         tooltip=[
             "series:N",
-            "updates:N",
+            _span_tooltip(runs),
             *(alt.Tooltip(f"{key}:Q", format=".4~g") for key in ("value", "low", "high")),
         ],
     )
     layers: list[alt.Chart] = [curves]
     if any(row[4] != row[5] for row in table):
-        note += "; each point is the median of several updates, the band their range"
-        layers.insert(0, base.mark_area(opacity=0.18).encode(x=x, y="low:Q", y2="high:Q", color=color))
-    if line is not None and reach[0] < line:
-        note += f"; below the dashed line, {line:g}, it counts as vanishing"
-        layers.append(alt.Chart(_data(("at",), [(line,)])).mark_rule(color=_INK, strokeDash=[5, 4]).encode(y="at:Q"))
+        note += f"; each point is the median of several {_unit(runs)}s, the band their range"
+        band = base.mark_area(opacity=0.18).encode(x=x, y="low:Q", y2="high:Q", color=color.legend(None))
+        layers.insert(0, band)
+    if line is not None and (line.always or reach[0] < line.at):
+        note += f"; {line.note}"
+        layers.append(alt.Chart(_data(("at",), [(line.at,)])).mark_rule(color=_INK, strokeDash=[5, 4]).encode(y="at:Q"))
     if events and len(runs) == 1 and (marks := _event_marks(runs[0])):
         note += "; flags are events: point at one to read it"
         layers += marks
@@ -423,7 +495,7 @@ def _line_rows(name: str, run: Run, values: Floats, log: bool) -> Iterable[tuple
 def _event_marks(run: Run) -> list[alt.Chart]:
     table = [
         (max(event.step, int(run.record.steps[0])), event.kind, event.step, event.message)
-        for event in notable(run.record.events, MARKED)
+        for event in notable([event for event in run.told if event.kind != "notice"], MARKED)
     ]
     if not table:
         return []
@@ -456,11 +528,24 @@ def _rank(kind: str) -> int:
 # Axes and data
 
 
+def _unit(runs: Sequence[Run]) -> str:
+    """What a step on the axis is: `update`, or `window` where some run made its updates of several."""
+    return "window" if any(run.unit == "window" for run in runs) else "update"
+
+
+def _span_tooltip(runs: Sequence[Run]) -> Any:
+    return "updates:N" if _unit(runs) == "update" else alt.Tooltip("updates:N", title="windows")
+
+
+def _norm_tooltips() -> list[alt.Tooltip]:
+    return [alt.Tooltip("norm:Q", format=".3~g"), alt.Tooltip("state:N", title=" ")]
+
+
 def _step_axis(runs: Sequence[Run], field: str) -> alt.X:
     steps = [run.record.steps for run in runs]
     ends = [min(int(each[0]) for each in steps) - 0.5, max(int(each[-1]) for each in steps) + 0.5]
     axis = alt.Axis(tickMinStep=1, format="d", grid=False, tickCount=8)
-    return alt.X(f"{field}:Q", title="update", axis=axis, scale=alt.Scale(domain=ends, nice=False))
+    return alt.X(f"{field}:Q", title=_unit(runs), axis=axis, scale=alt.Scale(domain=ends, nice=False))
 
 
 def _depth_axis(channel: Any, run: Run, field: str) -> Any:
@@ -537,8 +622,8 @@ def _layer_names(run: Run, members: Sequence[int]) -> str:
     return names[members[0]] if len(members) == 1 else f"{names[members[0]]} to {names[members[-1]]}"
 
 
-def _update_span(first: int, last: int) -> str:
-    return f"update{'s' if last > first else ''} {_span(first, last)}"
+def _named_span(run: Run, first: int, last: int) -> str:
+    return f"{run.unit}{'s' if last > first else ''} {_span(first, last)}"
 
 
 def _span(first: int, last: int) -> str:

@@ -22,7 +22,7 @@ _HEADLINES = {
 def headline(run: Run) -> str:
     """The verdict in two words, and since when it holds."""
     name = _HEADLINES[run.verdict.kind]
-    return name if run.since is None else f"{name} since update {run.since:,}"
+    return name if run.since is None else f"{name} since {run.unit} {run.since:,}"
 
 
 def status_line(run: Run) -> str:
@@ -40,17 +40,20 @@ def facts(run: Run) -> list[tuple[str, str]]:
     """What was run, as pairs of a name and a value; what is unknown is left out."""
     record = run.record
     model, versions = record.run.get("model", {}), record.run.get("versions", {})
-    skipped = int(np.count_nonzero(~record.updated))
+    skipped = int(np.count_nonzero(~record.updated & ~run.deferred))
     clipped = int(np.count_nonzero(record.clip_coefficients < 1))
+    several = run.unit == "window"
+    steps = _updates(run) if several else len(record.steps)
     found = [
         ("model", model.get("class", "")),
         ("parameters", _count(model.get("parameters"))),
         ("trained", _count(model.get("trainable_parameters")) if _partly_frozen(model) else ""),
         ("layers", " + ".join(f"{len(stack.layers)} {stack.name}".strip() for stack in run.stacks)),
         ("status", record.status),
+        ("windows", f"{len(record.steps):,}" if several else ""),
         ("updates", f"{_updates(run):,}"),
         ("skipped windows", f"{skipped:,}" if skipped else ""),
-        ("clipped", f"{clipped:,} of {len(record.steps):,}" if clipped else ""),
+        ("clipped", f"{clipped:,} of {steps:,}" if clipped else ""),
         ("last loss", last_loss(run)),
         ("first ÷ last layer", last_ratio(run)),
         ("precision", ", ".join(model.get("dtypes", []))),

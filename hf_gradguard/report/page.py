@@ -12,6 +12,7 @@ from typing import Any
 from hf_gradguard import __version__
 from hf_gradguard.report.charts import FONT, SERIOUSNESS, Figure, config, notable
 from hf_gradguard.report.facts import facts, headline, sentence, status_line
+from hf_gradguard.report.interventions import Intervention, interventions
 from hf_gradguard.report.runs import Run
 
 LISTED = 200
@@ -28,7 +29,7 @@ def plotting_library() -> str:
 
 def report_page(run: Run, figures: Sequence[Figure]) -> str:
     """The page of one run with its figures."""
-    body = [_verdict_card(run), _facts(run), *_figures(figures), _events(run)]
+    body = [_verdict_card(run), _facts(run), *_interventions(run), *_figures(figures), _events(run)]
     return _page(f"GradGuard: {run.name}", run.name, status_line(run), body, figures)
 
 
@@ -80,6 +81,26 @@ def _facts(run: Run) -> str:
     return f'<section><dl class="facts">{items}</dl></section>'
 
 
+def _interventions(run: Run) -> list[str]:
+    """What the policies did; nothing where none was on."""
+    found = interventions(run)
+    if found is None:
+        return []
+    title = "What would the guard have done?" if found.dry_run else "What did the guard do?"
+    head = "".join(f"<th>{name}</th>" for name in ("what", "windows", "by"))
+    rows = "".join(_intervention(sort) for sort in found.sorts)
+    return [
+        f"<section><h2>{title}</h2><p>{found.made()}</p><div class='scroll'><table>"
+        f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div></section>"
+    ]
+
+
+def _intervention(sort: Intervention) -> str:
+    about = escape("; ".join(part for part in (sort.policy, sort.share, sort.detail) if part))
+    breakable = re.sub("([:,])", r"\1<wbr>", about)
+    return f"<tr><td>{_badge(sort.name)}</td><td>{sort.windows:,}</td><td>{breakable}</td></tr>"
+
+
 def _figures(figures: Sequence[Figure]) -> list[str]:
     places = iter(range(sum(len(figure.panels) for figure in figures)))
     sections = []
@@ -97,10 +118,10 @@ def _figures(figures: Sequence[Figure]) -> list[str]:
 
 
 def _events(run: Run) -> str:
-    shown = notable(run.record.events, LISTED)
+    shown = notable(run.told, LISTED)
     if not shown:
         return "<section><h2>What happened?</h2><p>No events were recorded.</p></section>"
-    hidden = len(run.record.events) - len(shown)
+    hidden = len(run.told) - len(shown)
     more = f" {hidden:,} more, of lesser weight, are in the record." if hidden else ""
     rows = "".join(
         f'<tr><td class="number">{event.step:,}</td><td>{_badge(event.kind)}</td>'
@@ -109,7 +130,7 @@ def _events(run: Run) -> str:
     )
     return (
         f"<section><h2>What happened?</h2><p>Events, in the order of time.{more}</p><div class='scroll'><table>"
-        f"<thead><tr><th>update</th><th>event</th><th>where</th><th>what</th></tr></thead><tbody>{rows}</tbody></table>"
+        f"<thead><tr><th>{run.unit}</th><th>event</th><th>where</th><th>what</th></tr></thead><tbody>{rows}</tbody></table>"
         "</div></section>"
     )
 

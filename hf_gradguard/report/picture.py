@@ -10,6 +10,7 @@ import altair as alt
 
 from hf_gradguard.report.charts import SERIOUSNESS, Figure, config
 from hf_gradguard.report.facts import headline, sentence, status_line
+from hf_gradguard.report.interventions import interventions
 from hf_gradguard.report.runs import Run
 
 WIDTH = 960
@@ -26,6 +27,8 @@ def report_picture(run: Run, figures: Sequence[Figure]) -> bytes:
     verdict = run.verdict
     reasons = (f"{word}: {text}" for word, text in (("Why", verdict.why), ("Next", verdict.next)) if text)
     lines = [f"{run.name}: {status_line(run)}", sentence(verdict.message), *reasons]
+    if (acted := interventions(run)) is not None:
+        lines.append(f"{'Dry run' if acted.dry_run else 'Acted'}: {acted.line()}")
     return _draw(headline(run), SERIOUSNESS[verdict.kind], lines, figures)
 
 

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hf_gradguard.events import Event
+from hf_gradguard.events import ROUTINE, Event
 from hf_gradguard.judge import (
     SEVERITY,
     DepthProfile,
@@ -69,6 +70,43 @@ class Run:
         except (TypeError, ValueError):
             return Thresholds()
 
+    def policy(self, option: str) -> str:
+        """The policy that the configuration asks for, such as `fixed:windows=4`; empty where it asks for none, and
+        where clipping is left to the Trainer."""
+        asked = str(self.record.run.get("guard", {}).get(option, "none"))
+        return "" if asked in ("none", "trainer") else asked
+
+    @cached_property
+    def dry_run(self) -> bool:
+        """Whether the policies only said what they would have done."""
+        return bool(self.record.run.get("guard", {}).get("dry_run", False))
+
+    @cached_property
+    def told(self) -> tuple[Event, ...]:
+        """The events to tell one by one: those of routine kinds are summed up instead."""
+        return tuple(event for event in self.record.events if event.kind not in ROUTINE)
+
+    @cached_property
+    def deferred(self) -> NDArray[np.bool_]:
+        """The windows whose gradient was held back for a later update `[windows]`."""
+        held: NDArray[np.bool_] = np.isin(
+            self.record.steps, [event.step for event in self.record.events if event.action == "hold"]
+        )
+        return held
+
+    @cached_property
+    def unit(self) -> str:
+        """What a step of the record is: `update`, or `window` where updates were made of several."""
+        return "window" if self.deferred.any() else "update"
+
+    def held(self, values: NDArray[Any]) -> Floats:
+        """Numbers on what was held back, one a row of `record.accumulation_steps`, as `[windows]`: NaN in a window
+        without one."""
+        result = np.full(len(self.record.steps), np.nan)
+        _, places, rows = np.intersect1d(self.record.steps, self.record.accumulation_steps, return_indices=True)
+        result[places] = values[rows]
+        return result
+
     @cached_property
     def judged(self) -> tuple[Event, ...]:
         """The changes of verdict while the run went on, oldest first."""
@@ -120,7 +158,8 @@ class Run:
         return judge(history, self.stacks, self.thresholds)
 
     def _finite(self) -> NDArray[np.bool_]:
-        finite: NDArray[np.bool_] = self.record.updated & ~self.nonfinite & ~np.isinf(self.layer_norms).any(axis=1)
+        used = self.record.updated | self.deferred
+        finite: NDArray[np.bool_] = used & ~self.nonfinite & ~np.isinf(self.layer_norms).any(axis=1)
         return finite
 
 

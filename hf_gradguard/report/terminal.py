@@ -8,6 +8,7 @@ import textwrap
 import numpy as np
 
 from hf_gradguard.report.facts import facts, headline, last_loss, last_ratio, status_line
+from hf_gradguard.report.interventions import interventions
 from hf_gradguard.report.runs import Run
 
 _BAR = 24
@@ -16,7 +17,7 @@ _COLORS = {"exploding": "31", "vanishing": "31", "underflow": "33", "dead": "33"
 
 
 def terminal_summary(run: Run, *, color: bool = False, width: int = 100) -> str:
-    """Verdict, why, next and the depth profile of a run, in at most 25 lines.
+    """Verdict, why, next, the depth profile and what policies did in a run, in at most 25 lines.
 
     Args:
         run: what it is about.
@@ -31,6 +32,8 @@ def terminal_summary(run: Run, *, color: bool = False, width: int = 100) -> str:
         lines[1] = f"\033[1;{_COLORS[run.verdict.kind]}m{lines[1]}\033[0m"
     lines += [*_labelled("Why", run.verdict.why, width), *_labelled("Next", run.verdict.next, width)]
     lines += _profiles(run)
+    if (acted := interventions(run)) is not None:
+        lines += _labelled("Dry run" if acted.dry_run else "Acted", acted.line(), width)
     lines += _labelled("Run", ", ".join(f"{name} {value}" for name, value in _brief(run)), width)
     return "\n".join(lines[:25])
 

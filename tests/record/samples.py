@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from hf_gradguard.observe.layout import Group, Layout, ParameterInfo
-from hf_gradguard.record.writer import Window
+from hf_gradguard.record.writer import AccumulationRow, Window
 
 
 def layout_of(sizes: dict[str, int], kinds: dict[str, str] | None = None) -> Layout:
@@ -41,3 +41,17 @@ def window_at(step: int, count: int = len(SMALL.parameters), **changes: object) 
         "seconds": 0.25 * step,
     }
     return Window(**(values | changes))
+
+
+def held_at(step: int, **changes: object) -> AccumulationRow:
+    """What is held where every third window updates; the noise scale is unknown up to the first update."""
+    rng = np.random.default_rng(step)
+    values = {
+        "step": step,
+        "windows": (step - 1) % 3 + 1,
+        "weight": float(rng.integers(1, 10_000)),
+        "accumulated_norm": rng.lognormal(-4, 2),
+        "noise_scale": rng.lognormal(5, 2) if step > 3 else np.nan,
+        "updated": step % 3 == 0,
+    }
+    return AccumulationRow(**(values | changes))

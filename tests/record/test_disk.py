@@ -14,7 +14,7 @@ from hf_gradguard.events import Event
 from hf_gradguard.observe.layout import Group, Layout, ParameterInfo
 from hf_gradguard.record.reader import RunRecord
 from hf_gradguard.record.writer import RecordWriter
-from tests.record.samples import SMALL, layout_of, window_at
+from tests.record.samples import SMALL, held_at, layout_of, window_at
 
 BERT_PARTS = [
     f"{module}.{kind}"
@@ -69,6 +69,71 @@ def test_a_record_keeps_within_its_size_at_any_rate_of_flushing(tmp_path, parame
     assert size_of(tmp_path) <= count * (4 * parameters + 64) + 64_000
 
 
+def write_held(directory, count, *, flush_seconds, accumulation=True, routine=0):
+    """A record of windows that nothing can compress, with so many events of routine kinds in each."""
+    rng = np.random.default_rng(0)
+    writer = RecordWriter(directory, layout_of({"layer 0": 1}), {}, flush_seconds=flush_seconds)
+    for step in range(1, count + 1):
+        loss, rate, total, coefficient, weight, norm, noise, seconds = rng.random(8)
+        if accumulation:
+            windows, updated = int(rng.integers(1, 1 << 31)), bool(rng.random() < 0.5)
+            writer.accumulation(
+                held_at(step, windows=windows, weight=weight, accumulated_norm=norm, noise_scale=noise, updated=updated)
+            )
+        writer.window(
+            window_at(
+                step, 1, norms=rng.random(1), loss=loss, learning_rate=rate, total_norm=total,
+                clip_coefficient=coefficient, seconds=seconds,
+            )
+        )  # fmt: skip
+        for _ in range(routine):
+            writer.event(Event("deferred", step, value=norm, threshold=2.0, action="hold"))
+    return writer
+
+
+@pytest.mark.parametrize("flush_seconds", [0, math.inf])
+def test_what_is_held_adds_at_most_48_bytes_a_window(tmp_path, flush_seconds):
+    count = 3000
+    write_held(tmp_path, count, flush_seconds=flush_seconds).close("finished")
+    assert len(RunRecord.load(tmp_path).accumulation_steps) == count
+    assert size_of(tmp_path) <= count * (4 + 64 + 48) + 64_000
+
+
+def test_full_buffers_of_what_is_held_take_at_most_48_bytes_a_window(tmp_path):
+    count, sizes = 50 * 64, {}
+    for accumulation in (False, True):
+        directory = tmp_path / str(accumulation)
+        write_held(directory, count, flush_seconds=math.inf, accumulation=accumulation).close("finished")
+        sizes[accumulation] = size_of(directory)
+    assert 36 * count < sizes[True] - sizes[False] <= 48 * count
+
+
+def test_without_a_policy_there_is_no_table_of_what_is_held(tmp_path):
+    writer = write_held(tmp_path, 10, flush_seconds=0, accumulation=False)
+    writer.close("finished")
+    assert not (writer.path / "accumulation.arrow").exists()
+    record = RunRecord.load(tmp_path)
+    for values in (record.accumulation_steps, record.held_windows, record.held_weights, record.accumulated_norms,
+                   record.noise_scales, record.accumulation_updated):  # fmt: skip
+        assert values.shape == (0,)
+
+
+def test_events_of_routine_kinds_delay_no_flush(tmp_path):
+    written = []
+    for routine in (0, 20):
+        write_held(tmp_path / str(routine), 300, flush_seconds=0, routine=routine)
+        written.append(len(RunRecord.load(tmp_path / str(routine)).steps))
+    assert size_of(tmp_path / "20") > 300 * 20 * 80
+    assert written[0] == written[1] > 250
+
+
+def test_an_event_of_a_routine_kind_takes_at_most_120_bytes(tmp_path):
+    writer = RecordWriter(tmp_path, SMALL, {})
+    writer.event(Event("deferred", 999_999, value=1 / 3, threshold=2 / 3, action="would hold"))
+    writer.close("finished")
+    assert (writer.path / "events.jsonl").stat().st_size <= 120
+
+
 def test_the_names_of_16_000_parameters_take_a_quarter_of_the_fixed_size(tmp_path):
     groups = tuple(Group(f"layer {index}", "layer", depth=index) for index in range(1000))
     parameters = tuple(
@@ -85,7 +150,9 @@ def test_a_full_disk_is_one_warning_and_training_goes_on(tmp_path, caplog):
     writer = RecordWriter(tmp_path, SMALL, {}, flush_seconds=math.inf)
     with caplog.at_level(logging.WARNING), no_file_beyond(20_000):
         for step in range(1, 2001):
+            writer.accumulation(held_at(step))
             writer.window(window_at(step))
+            writer.event(Event("deferred", step))
             writer.event(Event("spike", step))
             writer.weights(step, np.ones(9), np.ones(9))
         writer.flush()
@@ -136,7 +203,9 @@ def test_a_closed_writer_writes_no_more(tmp_path):
     writer.close("finished")
     before = size_of(tmp_path)
     writer.window(window_at(2))
-    writer.event(Event("spike", 2))
+    writer.accumulation(held_at(2))
+    for kind in ("spike", "deferred"):
+        writer.event(Event(kind, 2))
     writer.weights(2, np.ones(9), np.ones(9))
     writer.close("failed")
     assert size_of(tmp_path) == before

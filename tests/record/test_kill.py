@@ -15,7 +15,7 @@ from hf_gradguard.events import Event
 from hf_gradguard.record import files
 from hf_gradguard.record.reader import RunRecord
 from hf_gradguard.record.writer import RecordWriter
-from tests.record.samples import layout_of, norms_at, window_at
+from tests.record.samples import held_at, layout_of, norms_at, window_at
 
 LAYOUT = layout_of({"layer 0": 200, "layer 1": 200})
 COUNT = len(LAYOUT.parameters)
@@ -29,7 +29,9 @@ def write_for_ever(directory: Path, start_step: int) -> None:
     step = start_step
     while True:
         step += 1
+        writer.accumulation(held_at(step))
         writer.window(window_at(step, COUNT))
+        writer.event(Event("deferred", step))
         writer.event(Event("spike", step))
         if step % 5 == 0:
             writer.flush()
@@ -59,9 +61,13 @@ def assert_gapless(record: RunRecord) -> None:
     expected = np.array([norms_at(step, COUNT) for step in steps], np.float32).reshape(len(steps), COUNT)
     np.testing.assert_array_equal(record.norms, expected)
     assert record.losses.tolist() == [1 / step for step in steps]
-    events = [event.step for event in record.events]
-    assert events == list(range(1, len(events) + 1))
-    assert len(steps) <= len(events) + 1
+    for kind in ("deferred", "spike"):
+        events = [event.step for event in record.events if event.kind == kind]
+        assert events == list(range(1, len(events) + 1))
+        assert len(steps) <= len(events) + 1
+    rows = [held_at(step) for step in record.accumulation_steps.tolist()]
+    assert record.held_weights.tolist() == [row.weight for row in rows]
+    assert record.accumulation_updated.tolist() == [row.updated for row in rows]
 
 
 @pytest.mark.parametrize(("number", "size"), list(enumerate(SIZES)))
@@ -72,6 +78,10 @@ def test_a_killed_writer_leaves_a_gapless_record(tmp_path, number, size):
     record = RunRecord.load(tmp_path)
     assert record.status == "running or killed"
     assert_gapless(record)
+    # Windows are written first, so that at most the rows of one flush are missing.
+    held = record.accumulation_steps.tolist()
+    assert held == list(range(1, len(held) + 1))
+    assert len(record.steps) - 5 <= len(held) <= len(record.steps)
     if number >= 3:
         assert watched.stat().st_size >= size
 

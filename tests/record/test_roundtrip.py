@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from hf_gradguard.record import files
 from hf_gradguard.record import writer as writer_module
 from hf_gradguard.record.reader import RecordError, RunRecord
 from hf_gradguard.record.writer import RecordWriter
-from tests.record.samples import SMALL, layout_of, norms_at, window_at
+from tests.record.samples import SMALL, held_at, layout_of, norms_at, window_at
 
 COUNT = len(SMALL.parameters)
 
@@ -163,6 +164,106 @@ def test_events_are_there_at_once_and_come_back_whole(tmp_path):
     assert (record.events, record.status, record.message) == (events, "failed", "ValueError: x")
 
 
+def test_events_of_routine_kinds_come_with_the_windows_and_keep_their_place(tmp_path):
+    writer = RecordWriter(tmp_path, SMALL, {}, flush_seconds=math.inf)
+    events = [Event(kind, step) for step, kind in enumerate(["deferred", "clipped", "nonfinite", "deferred"], start=1)]
+    for event in events[:2]:
+        writer.event(event)
+    assert RunRecord.load(tmp_path).events == []
+    for event in events[2:]:
+        writer.event(event)
+    assert RunRecord.load(tmp_path).events == events[:3]
+    writer.flush()
+    assert RunRecord.load(tmp_path).events == events
+
+
+def test_an_event_is_written_without_what_is_unknown(tmp_path):
+    writer = RecordWriter(tmp_path, SMALL, {})
+    writer.event(Event("dead", 7, value=0.5))
+    assert writer.path.joinpath(files.EVENTS).read_text() == '{"kind":"dead","step":7,"value":0.5}\n'
+    assert RunRecord.load(tmp_path).events == [Event("dead", 7, value=0.5)]
+
+
+def test_an_event_takes_at_most_250_bytes_of_memory(tmp_path):
+    writer = RecordWriter(tmp_path, SMALL, {})
+    for step in range(1, 20_001):
+        writer.event(Event("deferred", step, value=step / 3, threshold=2.0, action="hold"))
+    writer.close("finished")
+    tracemalloc.start()
+    try:
+        record = RunRecord.load(tmp_path)
+        held = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert len(record.events) == 20_000
+    assert held < 250 * 20_000
+
+
+# What is held
+
+
+def test_what_is_held_after_every_window_comes_back(tmp_path):
+    writer = RecordWriter(tmp_path, SMALL, {}, flush_seconds=math.inf)
+    for step in range(1, 101):
+        writer.accumulation(held_at(step))
+        writer.window(window_at(step))
+    writer.close("finished")
+    record = RunRecord.load(tmp_path)
+    rows = [held_at(step) for step in range(1, 101)]
+    for read, name, dtype in [
+        (record.accumulation_steps, "step", np.int64),
+        (record.held_windows, "windows", np.int64),
+        (record.held_weights, "weight", np.float64),
+        (record.accumulated_norms, "accumulated_norm", np.float64),
+        (record.noise_scales, "noise_scale", np.float64),
+        (record.accumulation_updated, "updated", np.bool_),
+    ]:
+        assert read.dtype == dtype
+        np.testing.assert_array_equal(read, [getattr(row, name) for row in rows])
+    assert np.isnan(record.noise_scales[:3]).all()
+
+
+def test_what_is_held_may_be_told_before_or_after_its_window(tmp_path):
+    for name in ("before", "after"):
+        writer = RecordWriter(tmp_path / name, SMALL, {}, flush_seconds=0)
+        for step in (1, 2, 3):
+            calls = [
+                lambda w=writer, s=step: w.accumulation(held_at(s)),
+                lambda w=writer, s=step: w.window(window_at(s)),
+            ]
+            for call in calls if name == "before" else reversed(calls):
+                call()
+        writer.close("finished")
+        record = RunRecord.load(tmp_path / name)
+        assert record.steps.tolist() == record.accumulation_steps.tolist() == [1, 2, 3]
+
+
+def test_what_was_held_in_superseded_windows_is_gone(tmp_path):
+    for start, steps in ((0, range(1, 8)), (5, range(6, 10))):
+        writer = RecordWriter(tmp_path, SMALL, {}, start_step=start)
+        for step in steps:
+            writer.accumulation(held_at(step, weight=float(start)))
+            writer.window(window_at(step))
+        writer.close("finished")
+    record = RunRecord.load(tmp_path)
+    assert record.accumulation_steps.tolist() == list(range(1, 10))
+    assert record.held_weights.tolist() == [0.0] * 5 + [5.0] * 4
+    assert record.segments[0].accumulation_steps.tolist() == list(range(1, 8))
+    RecordWriter(tmp_path, SMALL, {})
+    assert RunRecord.load(tmp_path).accumulation_steps.tolist() == []
+
+
+def test_a_policy_that_is_taken_up_on_resuming_is_known_from_there_on(tmp_path):
+    write(tmp_path, range(1, 6))
+    writer = RecordWriter(tmp_path, SMALL, {}, start_step=5)
+    writer.accumulation(held_at(6))
+    writer.window(window_at(6))
+    writer.close("finished")
+    record = RunRecord.load(tmp_path)
+    assert record.steps.tolist() == [1, 2, 3, 4, 5, 6]
+    assert record.accumulation_steps.tolist() == [6]
+
+
 def test_a_run_that_is_not_closed_is_readable_up_to_its_last_flush(tmp_path):
     writer = RecordWriter(tmp_path, SMALL, {}, flush_seconds=math.inf)
     for step in range(1, 11):
@@ -239,6 +340,20 @@ def test_a_resumed_run_reads_as_one_line(tmp_path):
     )
     assert [segment.steps.tolist() for segment in record.segments] == [list(range(1, 11)), list(range(7, 15))]
     assert [segment.status for segment in record.segments] == ["interrupted", "finished"]
+
+
+def test_a_segment_may_learn_late_after_which_step_it_starts(tmp_path):
+    write(tmp_path, range(1, 11))
+    writer = RecordWriter(tmp_path, SMALL, {"model": "tiny"})
+    assert RunRecord.load(tmp_path).steps.tolist() == []
+    writer.start_at(6)
+    record = RunRecord.load(tmp_path)
+    assert record.steps.tolist() == list(range(1, 7))
+    assert record.run["model"] == "tiny"
+    writer.window(window_at(7))
+    writer.start_at(3)
+    writer.close("finished")
+    assert RunRecord.load(tmp_path).steps.tolist() == list(range(1, 8)), "a segment with windows stays where it is"
 
 
 def test_a_later_resume_supersedes_all_segments_before_it(tmp_path):
@@ -353,7 +468,10 @@ def test_one_wrong_bit_anywhere_is_an_error_or_a_cut_end_but_never_a_wrong_value
     assert errors > len(data) / 3 * 0.8
 
 
-@pytest.mark.parametrize("name", [files.WINDOWS, files.WEIGHTS, files.EVENTS, files.RUN, files.LAYOUT, files.END])
+@pytest.mark.parametrize(
+    "name",
+    [files.WINDOWS, files.WEIGHTS, files.ACCUMULATION, files.EVENTS, files.RUN, files.LAYOUT, files.END],
+)
 @pytest.mark.parametrize("content", [b"not what it should be\n" * 9, b"[1]\n", b"\x80\xff\xff\xff\x00\n"])
 def test_a_wrong_file_is_one_error_that_names_it_and_the_remedy(tmp_path, name, content):
     writer = write(tmp_path, [1, 2])
@@ -378,8 +496,19 @@ def test_a_stream_of_another_layout_is_an_error(tmp_path):
         RunRecord.load(tmp_path)
 
 
-def test_a_record_of_a_newer_format_says_so(tmp_path):
+@pytest.mark.parametrize("number", [99, 0, None, "2", [2]])
+def test_a_record_of_an_unknown_format_says_so(tmp_path, number):
     writer = write(tmp_path, [1])
-    files.write_json(writer.path / files.RUN, {"format": 99})
-    with pytest.raises(RecordError, match=r"format 99.*read it with the version that wrote it"):
+    files.write_json(writer.path / files.RUN, {"format": number})
+    with pytest.raises(RecordError, match=r"format .*reads 1 to 2; read it with the version that wrote it"):
         RunRecord.load(tmp_path)
+
+
+def test_a_record_of_the_first_format_is_read_and_gone_on_with(tmp_path):
+    first = write(tmp_path, [1, 2])
+    facts = files.read_json(first.path / files.RUN)
+    assert facts["format"] == 2
+    files.write_json(first.path / files.RUN, facts | {"format": 1})
+    assert RunRecord.load(tmp_path).steps.tolist() == [1, 2]
+    write(tmp_path, [3], start_step=2)
+    assert RunRecord.load(tmp_path).steps.tolist() == [1, 2, 3]

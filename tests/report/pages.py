@@ -11,7 +11,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-_VOID = {"meta", "br", "link", "img", "input"}
+_VOID = {"meta", "br", "link", "img", "input", "wbr"}
 
 
 @dataclass
@@ -23,6 +23,8 @@ class Page(HTMLParser):
     attributes: list[tuple[str, str, str]] = field(default_factory=list)
     open_elements: list[str] = field(default_factory=list)
     scripts: list[str] = field(default_factory=list)
+    headings: list[str] = field(default_factory=list)
+    """What each plot stands under."""
 
     @classmethod
     def read(cls, path: Path) -> Page:
@@ -38,11 +40,15 @@ class Page(HTMLParser):
             self.open_elements.append(tag)
         if tag == "script":
             self.scripts.append("")
+        if ("class", "chart") in attrs:
+            self.headings.append(self._heading)
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open_elements.pop() == tag
 
     def handle_data(self, data: str) -> None:
+        if "h2" in self.open_elements:
+            self._heading = data
         if "script" in self.open_elements:
             self.scripts[-1] += data
         elif "style" in self.open_elements:
@@ -59,6 +65,11 @@ class Page(HTMLParser):
 
 def table(spec: dict[str, Any], *columns: str) -> list[dict[str, str]]:
     """The one table of a specification that has these columns."""
-    tables = [list(csv.DictReader(io.StringIO(text))) for text in spec["datasets"].values()]
-    (found,) = [rows for rows in tables if rows and set(columns) <= set(rows[0])]
+    (found,) = tables(spec, *columns)
     return found
+
+
+def tables(spec: dict[str, Any], *columns: str) -> list[list[dict[str, str]]]:
+    """The tables of a specification that have these columns."""
+    found = [list(csv.DictReader(io.StringIO(text))) for text in spec["datasets"].values()]
+    return [rows for rows in found if rows and set(columns) <= set(rows[0])]

@@ -1,5 +1,7 @@
+import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ from hf_gradguard.events import Event
 from hf_gradguard.report import write_comparison, write_report
 from hf_gradguard.report.charts import notable
 from tests.report import synthetic
-from tests.report.pages import Page, table
+from tests.report.pages import Page, table, tables
 
 WINDOWS, LAYERS = 150, 12
 
@@ -183,6 +185,164 @@ def test_a_run_of_nothing_but_nan_still_gets_a_report(tmp_path: Path):
 
     assert "failed, 0 updates, 30 windows with NaN or infinity" in page.text
     assert {row["state"] for row in table(page.specs[0], "row", "state")} == {"NaN or infinite"}
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> synthetic.Acted:
+    return synthetic.acting(tmp_path_factory.mktemp("runs") / "acted", 300)
+
+
+@pytest.fixture(scope="module")
+def acted(done: synthetic.Acted, tmp_path_factory: pytest.TempPathFactory) -> Page:
+    path = tmp_path_factory.mktemp("pages") / "report.html"
+    write_report(done.directory, path)
+    return Page.read(path)
+
+
+def figure(page: Page, title: str) -> dict[str, Any]:
+    """The plot under this heading."""
+    places = {heading: page.specs[place] for place, heading in enumerate(page.headings)}
+    return places[title]
+
+
+def test_what_the_policies_did_is_summed_up_before_the_plots(done: synthetic.Acted, acted: Page):
+    assert acted.open_elements == []
+    block = acted.text[acted.text.index("What did the guard do?") : acted.text.index("Which layers starve")]
+    sizes = f"of {min(done.sizes)} to {max(done.sizes)} windows each."
+    assert f"Of 300 windows, {len(done.sizes)} updates were made, {sizes}" in block
+    for part in (f"deferred{done.deferred}accumulate=norm_threshold:threshold=0.75,max_windows=8,reduce=mean; ",
+                 "skipped2nonfinite=skip:max_consecutive=20; 0.67% of windows", f"clipped{done.clipped}clip=zclip; ",
+                 f"smallest factor {min(done.factors):.2g}"):  # fmt: skip
+        assert part in block
+
+
+def test_routine_events_are_summed_up_and_the_others_listed(acted: Page):
+    listed = acted.text[acted.text.index("What happened?") :]
+    assert "Events, in the order of time." in listed
+    assert "more, of lesser weight" not in listed
+    assert listed.count("layer.3.weight0The gradient of layer.3.weight0 and of 4 more parameters holds NaN") == 2
+    assert "encoder.layer.3.mlp made it in the forward pass, from inputs between -3.1 and 88.7" in listed
+    for word in ("deferred", "clipped"):
+        assert word not in listed
+    marked = table(figure(acted, "Does the loss fall?"), "event", "message")
+    assert {row["event"] for row in marked} == {"nonfinite"}
+
+
+def test_notices_are_listed_but_mark_nothing(tmp_path: Path):
+    events = [Event("notice", 1, message="the batch was written"), Event("warning", 9, message="no room")]
+    write_report(synthetic.write(tmp_path, synthetic.healthy(30), events=events), tmp_path / "report.html")
+    page = Page.read(tmp_path / "report.html")
+
+    marked = table(figure(page, "How large is the gradient as a whole?"), "event", "message")
+    assert [row["event"] for row in marked] == ["warning"]
+    assert "The batch was written" in page.text[page.text.index("What happened?") :]
+
+
+def test_steps_are_called_windows_where_updates_are_made_of_several(acted: Page, page: Page):
+    for spec in acted.specs:
+        titles = re.findall(r'"title": "(window|update)"', json.dumps(spec))
+        assert set(titles) <= {"window"}
+    assert "Loss of each window" in acted.text
+    assert "Loss of each update" in page.text
+    assert '"title": "window"' not in json.dumps(page.specs)
+
+
+def test_batches_are_drawn_beside_the_noise_scale(done: synthetic.Acted, acted: Page):
+    rows = table(figure(acted, "How large is the batch of an update?"), "step", "series", "value")
+    batches = [row for row in rows if row["series"] == "batch of each update"]
+    assert [int(float(row["step"])) for row in batches] == done.steps
+    np.testing.assert_allclose([float(row["value"]) for row in batches], done.batches, rtol=1e-5)
+    noise = [row for row in rows if row["series"] == "noise scale"]
+    record = RunRecord.load(done.directory)
+    known = np.isfinite(record.noise_scales)
+    assert [int(float(row["step"])) for row in noise] == record.accumulation_steps[known].tolist()
+    np.testing.assert_allclose([float(row["value"]) for row in noise], record.noise_scales[known], rtol=1e-5)
+
+
+def test_the_accumulated_norm_is_drawn_beside_that_of_windows_and_the_threshold(done: synthetic.Acted, acted: Page):
+    spec = figure(acted, "How large is the gradient as a whole?")
+    rows = table(spec, "step", "series", "value")
+    record = RunRecord.load(done.directory)
+    norms = {int(float(row["step"])): float(row["value"]) for row in rows if row["series"] == "accumulated"}
+    used = record.accumulation_updated
+    assert list(norms) == record.accumulation_steps[used].tolist()
+    np.testing.assert_allclose(list(norms.values()), record.accumulated_norms[used], rtol=1e-5)
+    windows = [float(row["value"]) for row in rows if row["series"] == "window"]
+    np.testing.assert_allclose(windows, record.total_norms[np.isfinite(record.total_norms)], rtol=1e-5)
+    assert ["0.75"] in [[row["at"] for row in each] for each in tables(spec, "at")]
+    assert "an update is made when the accumulated one reaches the dashed line, 0.75" in acted.text
+
+
+def test_factors_are_drawn_where_a_rule_clipped(done: synthetic.Acted, acted: Page):
+    rows = table(figure(acted, "How much does clipping take away?"), "step", "value")
+    assert [int(float(row["step"])) for row in rows] == done.steps
+    below = [float(row["value"]) for row in rows if float(row["value"]) < 1]
+    np.testing.assert_allclose(below, done.factors, rtol=1e-5)
+    assert "What clip=zclip multiplied the gradient with" in acted.text
+
+
+def test_a_dry_run_speaks_of_what_would_have_been(tmp_path: Path):
+    said = synthetic.acting(tmp_path, 300, dry_run=True)
+    write_report(tmp_path, tmp_path / "report.html")
+    page = Page.read(tmp_path / "report.html")
+
+    assert "What would the guard have done?" in page.text
+    made = f"Of 300 windows, {len(said.sizes)} updates would have been made"
+    assert f"This was a dry run: nothing was done. {made}" in page.text
+    assert f"deferred{said.deferred}accumulate=" in page.text
+    assert page.text.count("the accumulation is what the policy would have made") == 2
+    assert "How much does clipping take away?" not in page.headings
+    assert "finished, 300 updates" in page.text
+    assert '"title": "window"' not in json.dumps(page.specs)
+
+
+def test_without_a_policy_nothing_of_it_appears(page: Page):
+    assert "What did the guard do?" not in page.text
+    assert "What would the guard have done?" not in page.text
+    assert page.headings == [
+        "Which layers starve, and since when?",
+        "Does the gradient reach the first layer?",
+        "Does the loss fall?",
+        "How large is the gradient as a whole?",
+        "How much of it reaches the first layer?",
+        "How far does one update move the weights?",
+    ]
+    assert "window" not in page.text.replace("1 window with NaN", "").replace("skipped windows", "")
+
+
+def test_the_trainers_own_clipping_is_no_rule_of_the_guards(tmp_path: Path):
+    write_report(synthetic.write(tmp_path, synthetic.healthy(40), coefficients=np.full(40, 0.5)), tmp_path / "r.html")
+    page = Page.read(tmp_path / "r.html")
+
+    assert "40 of 40" in page.text
+    assert "How much does clipping take away?" not in page.headings
+
+
+def test_curves_and_their_bands_share_one_legend(tmp_path: Path):
+    done = synthetic.acting(tmp_path, 1300)
+    write_report(done.directory, tmp_path / "report.html")
+    page = Page.read(tmp_path / "report.html")
+
+    spec = figure(page, "How large is the batch of an update?")
+    legends = [layer["encoding"]["color"]["legend"] for layer in spec["layer"]]
+    assert len(legends) == 2
+    assert sum(legend is not None for legend in legends) == 1
+
+
+def test_20_000_windows_of_policies_stay_small_in_the_page(tmp_path: Path):
+    done = synthetic.acting(tmp_path, 20_000)
+    write_report(done.directory, tmp_path / "report.html")
+    page = Page.read(tmp_path / "report.html")
+
+    assert len(done.sizes) > 4_000
+    for title in ("How large is the batch of an update?", "How much does clipping take away?"):
+        rows = table(figure(page, title), "series", "value")
+        assert len(rows) <= 600 * len({row["series"] for row in rows})
+    batches = [float(row["value"]) for row in table(figure(page, "How large is the batch of an update?"), "series")
+               if row["series"] == "batch of each update"]  # fmt: skip
+    assert min(done.batches) <= min(batches)
+    assert max(batches) <= max(done.batches)
+    assert (tmp_path / "report.html").stat().st_size < 3_000_000
 
 
 def test_a_comparison_lays_curves_over_one_another_and_depths_side_by_side(tmp_path: Path, run: Path):

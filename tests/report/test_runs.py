@@ -5,6 +5,7 @@ import pytest
 
 from hf_gradguard.events import Event
 from hf_gradguard.judge import Judge, Stack
+from hf_gradguard.record.writer import AccumulationRow
 from hf_gradguard.report.runs import Run, run_names
 from tests.report import synthetic
 
@@ -41,6 +42,38 @@ def test_updates_that_were_skipped_do_not_change_the_verdict(tmp_path: Path):
     norms[30:] = np.nan
 
     assert Run.load(synthetic.write(tmp_path, norms)).verdict.kind == "healthy"
+
+
+def test_windows_that_were_deferred_count_for_the_verdict_as_for_the_live_judge(tmp_path: Path):
+    norms = synthetic.vanishing(120, 40)
+    updated = np.arange(120) % 30 == 29
+    held = [Event("deferred", int(step), action="hold") for step in np.flatnonzero(~updated) + 1]
+    live = Judge([Stack.of_depth(40)])
+    for row in norms:
+        live.update(row, float(np.sqrt(np.sum(row**2) + 2)))
+
+    run = Run.load(synthetic.write(tmp_path, norms, updated=updated, events=held))
+
+    assert run.verdict.kind == live.verdict.kind == "vanishing"
+    assert run.verdict.message == live.verdict.message
+    np.testing.assert_array_equal(run.deferred, ~updated)
+    assert run.unit == "window"
+
+
+def test_a_dry_run_defers_nothing(tmp_path: Path):
+    run = Run.load(synthetic.acting(tmp_path, 60, dry_run=True).directory)
+
+    assert run.dry_run
+    assert not run.deferred.any()
+    assert run.unit == "update"
+
+
+def test_what_is_held_is_laid_beside_its_windows(tmp_path: Path):
+    rows = [AccumulationRow(step, 1, 10.0 * step, 1.0, np.nan, True) for step in (2, 3, 5, 9)]
+    run = Run.load(synthetic.write(tmp_path, synthetic.healthy(6), rows=rows))
+
+    nan = np.nan
+    np.testing.assert_array_equal(run.held(run.record.held_weights), [nan, 20, 30, nan, 50, nan])
 
 
 def test_thresholds_are_those_of_the_run(tmp_path: Path):

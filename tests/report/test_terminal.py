@@ -52,6 +52,41 @@ def test_a_deep_encoder_and_decoder_fit_in_25_lines(tmp_path: Path):
         assert sum(end in line and "█" in line for line in lines) == 1
 
 
+def test_one_line_says_what_the_policies_did(tmp_path: Path):
+    done = synthetic.acting(tmp_path / "acted", 1200)
+    lines = terminal_summary(Run.load(done.directory)).splitlines()
+
+    (line,) = [line for line in lines if line.startswith("Acted")]
+    assert line == (
+        f"Acted    1,200 windows, {len(done.sizes)} updates: {done.deferred} deferred, 2 skipped, "
+        f"{done.clipped} clipped (smallest factor {min(done.factors):.2g})"
+    )
+    assert max(map(len, lines)) <= 100
+    assert lines.index(line) == len(lines) - 2
+
+
+def test_one_line_says_what_the_policies_would_have_done(tmp_path: Path):
+    said = synthetic.acting(tmp_path / "dry", 1200, dry_run=True)
+    text = terminal_summary(Run.load(said.directory))
+
+    assert (
+        f"\nDry run  of 1,200 windows {said.deferred} would have been deferred, 2 skipped, {said.clipped} clipped; "
+        f"{len(said.sizes)} updates made\n"
+    ) in text
+    assert text.startswith("dry: finished, 1,200 updates")
+    assert "Acted" not in text
+
+
+def test_without_a_policy_no_line_speaks_of_one(tmp_path: Path):
+    norms = synthetic.healthy()
+    norms[70] = np.nan
+    skip = Event("nonfinite", 71, parameter="layer.3.weight0", action="skip", message="NaN")
+    text = terminal_summary(Run.load(synthetic.write(tmp_path, norms, events=[skip])))
+
+    assert "Acted" not in text
+    assert "Dry run" not in text
+
+
 def test_the_comparison_has_one_line_a_run(tmp_path: Path):
     runs = [
         Run.load(synthetic.write(tmp_path / "good", synthetic.healthy(), losses=synthetic.losses(150, 2.0))),
