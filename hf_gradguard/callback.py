@@ -14,11 +14,12 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from hf_gradguard.config import GradGuardConfig
 from hf_gradguard.events import Event
 from hf_gradguard.guard import GradGuard
-from hf_gradguard.integrations import preflight
+from hf_gradguard.integrations import checkpoint, preflight
 from hf_gradguard.integrations.standin import StandIn
 from hf_gradguard.integrations.trainer import TrainerHold, calling_trainer, has_callback
 
@@ -28,7 +29,8 @@ class GradGuardCallback(TrainerCallback, ExportableState):
     gradients are not finite.
 
     Args:
-        config: what to do; made of the options alone where it is None.
+        config: what to do, as an object or as the mapping that its `to_dict` gives; made of the options alone where it
+            is None.
         **options: fields of `GradGuardConfig`, which take precedence over `config`.
 
     Raises:
@@ -38,11 +40,21 @@ class GradGuardCallback(TrainerCallback, ExportableState):
         >>> trainer = Trainer(model, args, train_dataset=data, callbacks=[GradGuardCallback()])  # doctest: +SKIP
     """
 
-    def __init__(self, config: GradGuardConfig | None = None, **options: Any) -> None:
+    def __init__(self, config: GradGuardConfig | dict[str, Any] | None = None, **options: Any) -> None:
+        if isinstance(config, dict):
+            config = GradGuardConfig.from_dict(config)
         self.config = (config or GradGuardConfig()).replace(**options)
         self.guard: GradGuard | None = None
+        self.saved: dict[str, Any] | None = None
+        """State of a guard from a checkpoint, which the next training goes on from."""
+        self.resumed_from: str | None = None
+        """The checkpoint that `trainer.train` was told to go on from, where that is known."""
         self._hold: TrainerHold | None = None
         self._trials = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy, also one in a file, has the configuration and nothing of a run.
+        return {**vars(self), "guard": None, "_hold": None}
 
     # The run
 
@@ -65,16 +77,15 @@ class GradGuardCallback(TrainerCallback, ExportableState):
             output_dir=self._output_dir(args, state),
             arguments=args,
             start_step=state.global_step,
+            max_steps=state.max_steps,
             is_main=state.is_world_process_zero,
+            watch_forward=False,
         )
-        states: Any = state.stateful_callbacks or {}  # typed as a list, holds a dictionary by name
-        saved = states.get(type(self).__name__)
-        if state.global_step > 0 and isinstance(saved, dict) and "guard" in saved.get("attributes", {}):
-            self._restore(saved["attributes"]["guard"], state.global_step)
+        self._resume(args, state)
         if trainer is None:
             return
         self._hold = TrainerHold(trainer, self, self.guard)
-        self._warn(trainer, state.global_step)
+        self._speak_before_training(trainer, state.global_step)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -105,22 +116,38 @@ class GradGuardCallback(TrainerCallback, ExportableState):
     ) -> None:
         if self.guard is not None:
             self.guard.after_step(updated=not getattr(kwargs.get("optimizer"), "step_was_skipped", False))
+            if self._hold is not None and self.guard.schedule_waits:
+                self._hold.hold_schedule()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._hold is not None:
+            self._hold.let_schedule_go()
         if self.guard is not None:
             self.guard.end_window()
             control.should_training_stop |= self.guard.should_stop
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.guard is not None:
-            self.guard.flush()
 
     # What is saved with a checkpoint
 
     def state(self) -> dict[str, Any]:
         """What Trainer keeps in `trainer_state.json`."""
-        guard = {} if self.guard is None else {"guard": self.guard.state_dict()}
-        return {"args": {"config": None}, "attributes": guard}
+        attributes = {} if self.guard is None else {"saved": checkpoint.small_state(self.guard)}
+        return {"args": {"config": self.config.to_dict()}, "attributes": attributes}
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.guard is not None:
+            self.guard.flush()
+            checkpoint.save_held(self.guard, _checkpoint_dir(args, state), is_main=args.should_save)
+
+    def _resume(self, args: TrainingArguments, state: TrainerState) -> None:
+        """Goes on from what was saved with the checkpoint that the Trainer has loaded, if it has loaded one."""
+        states: Any = state.stateful_callbacks or {}  # typed as a list, holds a dictionary by name
+        stored = states.get(type(self).__name__)
+        attributes = stored.get("attributes", {}) if isinstance(stored, dict) else {}
+        saved, self.saved = self.saved or attributes.get("saved"), None
+        if self.guard is None or saved is None or state.global_step == 0:
+            return
+        places = [Path(place) for place in (self.resumed_from,) if place] + [_checkpoint_dir(args, state)]
+        checkpoint.restore(self.guard, saved, places)
 
     def _output_dir(self, args: TrainingArguments, state: TrainerState) -> Path:
         if not state.is_hyper_param_search:
@@ -128,21 +155,16 @@ class GradGuardCallback(TrainerCallback, ExportableState):
         self._trials += 1
         return Path(args.output_dir or ".") / f"trial-{self._trials - 1}"
 
-    def _restore(self, saved: dict[str, Any], step: int) -> None:
+    def _speak_before_training(self, trainer: Trainer, step: int) -> None:
         assert self.guard is not None
-        try:
-            self.guard.load_state_dict(saved)
-        except (ValueError, KeyError) as error:
-            message = f"the guard starts afresh, its state in the checkpoint does not fit ({error})"
+        for message in preflight.notices(trainer, self.config):
+            self.guard.say(Event("notice", step, message=message))
+        for message in preflight.warnings_before_training(trainer):
             self.guard.say(Event("warning", step, message=message))
 
-    def _warn(self, trainer: Trainer, step: int) -> None:
-        messages = preflight.warnings_before_training(trainer)
-        if self.config.check_loss_scaling and (message := preflight.loss_scaling(trainer)):
-            messages.append(message)
-        for message in messages:
-            if self.guard is not None:
-                self.guard.say(Event("warning", step, message=message))
+
+def _checkpoint_dir(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
 
 
 class _Training:
@@ -155,14 +177,27 @@ class _Training:
     def __call__(self, original: Any, *args: Any, **kwargs: Any) -> Any:
         if not has_callback(self._trainer, self._callback):
             return original(*args, **kwargs)
-        preflight.refuse(self._trainer)
+        preflight.refuse(self._trainer, self._callback.config)
+        self._callback.resumed_from = self._checkpoint(*args, **kwargs)
         try:
             return original(*args, **kwargs)
         except KeyboardInterrupt:
-            self._callback.end("interrupted", "by the keyboard")
+            self._end("interrupted", "by the keyboard")
             raise
         except BaseException as error:
-            self._callback.end("failed", f"{type(error).__name__}: {error}")
+            self._end("failed", f"{type(error).__name__}: {error}")
             raise
         finally:
-            self._callback.end("finished")
+            self._end("finished")
+
+    def _end(self, status: str, message: str = "") -> None:
+        # The Trainer may have put another callback in the place of ours: restore_callback_states_from_checkpoint does.
+        for callback in (self._callback, *self._trainer.callback_handler.callbacks):
+            if isinstance(callback, GradGuardCallback):
+                callback.end(status, message)
+
+    def _checkpoint(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> str | None:
+        if resume_from_checkpoint is True:
+            found: str | None = get_last_checkpoint(self._trainer.args.output_dir)  # type: ignore[no-untyped-call]
+            return found
+        return resume_from_checkpoint or None

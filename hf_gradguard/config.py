@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hf_gradguard.act import nonfinite as nonfinite_policies
-from hf_gradguard.act.registry import nearest
+from hf_gradguard.act import accumulation, clipping, nonfinite
+from hf_gradguard.act.registry import Registry, nearest
 from hf_gradguard.judge import Thresholds
 
 
@@ -18,8 +18,12 @@ from hf_gradguard.judge import Thresholds
 class GradGuardConfig:
     """What the guard does. The defaults watch everything and act only on NaN and infinity.
 
+    A policy (`nonfinite`, `clip`, `accumulate`) is given as text, `name` or `name:key=value,key=value`, or as an object
+    of its class, which is kept as its text.
+
     Raises:
-        ValueError: on making one with an impossible value; the message names the field, the value and what would fit.
+        ValueError: on making one with an impossible value, or with values that contradict one another; the message
+            names the field, the value and what would fit.
 
     Example:
         >>> GradGuardConfig(nonfinite="stop").replace(log_layers=True).nonfinite
@@ -29,6 +33,22 @@ class GradGuardConfig:
     nonfinite: str = "skip:max_consecutive=20"
     """When a gradient holds a NaN or an infinity: `skip` (make no update), `stop` (end training) or `observe` (only say
     so; the update destroys the weights, as it would without the guard)."""
+    clip: str = "trainer"
+    """How gradients are clipped: `trainer` (as the Trainer's `max_grad_norm` says; in your own loop not at all), or in
+    its place `none`, `global:max_norm=1.0`, `layer`, `agc`, `autoclip`, `zclip`, `adagc`."""
+    accumulate: str = "none"
+    """When the optimizer steps: `none` (in every window), `fixed:windows=4`, `norm_threshold:threshold=2.0`,
+    `noise_scale`, `norm_test`, `ramp`. Gradients of the windows before are held back, weighted by target tokens."""
+    lr_schedule: str = "windows"
+    """What the learning-rate schedule counts where `accumulate` holds windows back: `windows` (it follows the data) or
+    `updates`."""
+    dry_run: bool = False
+    """Whether the policies only say what they would have done."""
+    replay: bool = True
+    """Whether the first micro-batch that gives a non-finite gradient is run once more, to find the module in which it
+    began. Until then only references to the inputs are kept."""
+    save_batch: bool = False
+    """Whether the inputs of that micro-batch are written to `batches/` beside the record."""
     record: bool = True
     """Whether to write a record of the run to `<output_dir>/gradguard/`."""
     record_dir: str | None = None
@@ -45,24 +65,48 @@ class GradGuardConfig:
     log_layers: bool = False
     """Whether the norm of every layer goes into the Trainer's log as well (`gradguard/layer_000/grad_norm` …)."""
     check_loss_scaling: bool = True
-    """Whether to try, before training, if the model's loss is normalised as the Trainer believes (two forward passes
-    over two examples, only where a wrong answer matters: under accumulation, or on several processes)."""
+    """Whether to try, before the first update, if the model's loss is normalised as the Trainer believes (two forward
+    passes over the first micro-batch, only where a wrong answer matters: under accumulation, or on several
+    processes)."""
     thresholds: Thresholds = field(default_factory=Thresholds)
     """Where the verdicts draw their lines."""
 
     def __post_init__(self) -> None:
-        nonfinite_policies.policies.parse(self.nonfinite)
+        for name, registry in _POLICIES.items():
+            object.__setattr__(self, name, registry.canonical(getattr(self, name)))
         if self.record_every != "auto" and not (_is_whole(self.record_every) and int(self.record_every) >= 1):
             raise ValueError(f"record_every={self.record_every!r} must be a whole number from 1, or 'auto'")
         if not _is_whole(self.weights_every) or self.weights_every < 0:
             raise ValueError(f"weights_every={self.weights_every!r} must be a whole number from 0 (0 for never)")
         if not (isinstance(self.flush_seconds, (int, float)) and 0 <= self.flush_seconds < math.inf):
             raise ValueError(f"flush_seconds={self.flush_seconds!r} must be a number of seconds from 0")
-        for name in ("record", "log_layers", "check_loss_scaling"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name}={getattr(self, name)!r} must be true or false")
+        if self.lr_schedule not in ("windows", "updates"):
+            raise ValueError(f"lr_schedule={self.lr_schedule!r} must be 'windows' or 'updates'")
+        for item in dataclasses.fields(self):
+            if item.type == "bool" and not isinstance(getattr(self, item.name), bool):
+                raise ValueError(f"{item.name}={getattr(self, item.name)!r} must be true or false")
         if not isinstance(self.thresholds, Thresholds):
             raise ValueError(f"thresholds={self.thresholds!r} must be a Thresholds object (in YAML: a mapping)")
+        self._refuse_contradictions()
+
+    def _refuse_contradictions(self) -> None:
+        if self.accumulates and self.nonfinite == "observe" and not self.dry_run:
+            raise ValueError(
+                f"accumulate={self.accumulate!r} contradicts nonfinite='observe': a NaN in one window would stay in "
+                "what is held; use nonfinite='skip' or 'stop'"
+            )
+        if self.lr_schedule == "updates" and not self.accumulates:
+            raise ValueError(
+                "lr_schedule='updates' needs a policy that holds windows back, such as accumulate='fixed:windows=4'; "
+                "with accumulate='none' every window is an update"
+            )
+        if self.save_batch and not self.replay:
+            raise ValueError("save_batch=True needs replay=True: without it no reference to the inputs is kept")
+
+    @property
+    def accumulates(self) -> bool:
+        """Whether a policy decides when the optimizer steps."""
+        return self.accumulate != "none"
 
     def replace(self, **options: Any) -> GradGuardConfig:
         """A copy with some fields changed; raises ValueError as making one does."""
@@ -115,6 +159,13 @@ class GradGuardConfig:
         options = self.to_dict()
         text = json.dumps(options, indent=2) if path.suffix == ".json" else yaml.safe_dump(options, sort_keys=False)
         path.write_text(text, encoding="utf-8")
+
+
+_POLICIES: dict[str, Registry[Any]] = {
+    "nonfinite": nonfinite.policies,
+    "clip": clipping.policies,
+    "accumulate": accumulation.policies,
+}
 
 
 def _is_whole(value: Any) -> bool:

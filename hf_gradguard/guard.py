@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import uuid
+import weakref
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -15,22 +18,30 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from hf_gradguard.act import clipping
-from hf_gradguard.act.nonfinite import Decision, drop_gradients, policies
+from hf_gradguard.act import accumulation, clipping, nonfinite, sentences
+from hf_gradguard.act.accumulation import Accumulator, Taken
+from hf_gradguard.act.nonfinite import Decision, drop_gradients
+from hf_gradguard.backends.dtensor import is_sharded
 from hf_gradguard.config import GradGuardConfig
-from hf_gradguard.events import Event
+from hf_gradguard.events import ROUTINE, Event
+from hf_gradguard.integrations.loop import ForwardPasses
+from hf_gradguard.integrations.scaler import unscale_once
 from hf_gradguard.judge import SEVERITY, Judge, Verdict, stacks_of
+from hf_gradguard.observe import origin
+from hf_gradguard.observe.fault import Fault, find_fault
 from hf_gradguard.observe.layout import Layout
 from hf_gradguard.observe.norms import NO_GRADIENT, HostCopy, Measurement
 from hf_gradguard.observe.reading import Reading
+from hf_gradguard.observe.replay import Replays
 from hf_gradguard.observe.structure import read_layout
 from hf_gradguard.observe.weights import WeightProbe, WeightReading
 from hf_gradguard.record.facts import run_facts
-from hf_gradguard.record.writer import RecordWriter, Window
+from hf_gradguard.record.writer import AccumulationRow, RecordWriter, Window
 
 logger = logging.getLogger(__name__)
 
 _REQUIRES_GRAD = attrgetter("requires_grad")
+_COUNTS = ("windows", "updates", "skipped", "clipped", "deferred")
 
 
 @dataclass
@@ -40,17 +51,29 @@ class _Window:
     micro_batches: int = 0
     loss: Tensor | None = None
     loss_copy: HostCopy | None = None
+    weights: list[Tensor | float | None] = field(default_factory=list)
+    weight_copy: HostCopy | None = None
+    partial: list[Measurement] = field(default_factory=list)
+    """Of the gradients as they were after each micro-batch but the last."""
     measurement: Measurement | None = None
+    is_final: bool = False
+    """Whether the measurement is that of the gradients which the optimizer is to use."""
     reading: Reading | None = None
     decision: Decision | None = None
+    has_acted: bool = False
+    taken: Taken | None = None
+    makes_update: bool = True
+    """Whether the optimizer finds a gradient to step with."""
+    total_norm: float | None = None
+    """Of that gradient, before clipping."""
+    clip: clipping.Clip | None = None
+    has_clipped: bool = False
+    """Whether the Trainer's own clipping has been called."""
+    max_norm: float | None = None
+    """The limit of the Trainer's own clipping, where that is in use."""
     coefficient: float | None = None
     probe: WeightProbe | None = None
     updated: bool = True
-
-    @property
-    def is_dropped(self) -> bool:
-        """Whether the optimizer must not see these gradients."""
-        return self.decision in ("skip", "stop")
 
 
 class GradGuard:
@@ -64,23 +87,29 @@ class GradGuard:
         optimizer: what steps it; needed for `step`.
         config: what to do; by default everything is watched and updates with a NaN or an infinity are skipped.
         accelerator: of your loop, if it has one: accumulation and unscaling of fp16 go by it.
-        lr_scheduler: stepped by `step`, once an update.
+        lr_scheduler: stepped by `step`, once a window or once an update as `config.lr_schedule` says.
         output_dir: the record goes to `gradguard/` in it; by default the accelerator's project directory, else the
             current one.
         arguments: the TrainingArguments, where there are any, to keep in the record.
-        start_step: the number of updates made before, for a run that goes on.
+        start_step: the number of windows made before, for a run that goes on.
+        max_steps: the window that ends training, which always updates; in your own loop call `update` in its place.
         is_main: whether this process writes the record and speaks.
+        watch_forward: whether to note each forward pass, so that one that goes wrong can be repeated; False where
+            somebody calls `begin_micro_batch`.
 
     Raises:
-        ValueError: the model has no trainable parameter.
+        ValueError: the model has no trainable parameter, or a policy can't work with this model or way of training.
         OSError: the record can't be written.
 
     Example:
         >>> guard = GradGuard(model, optimizer, accelerator=accelerator, lr_scheduler=scheduler)  # doctest: +SKIP
         >>> for batch in loader:  # doctest: +SKIP
-        ...     loss = model(**batch).loss
-        ...     accelerator.backward(loss)
-        ...     guard.step(loss)
+        ...     with accelerator.accumulate(model):
+        ...         loss = model(**batch).loss
+        ...         accelerator.backward(loss)
+        ...         guard.step(loss, num_tokens=(batch["labels"] != -100).sum())
+        >>> guard.update()  # what a policy still holds back
+        >>> guard.close()
     """
 
     def __init__(
@@ -94,24 +123,34 @@ class GradGuard:
         output_dir: str | Path | None = None,
         arguments: Any = None,
         start_step: int = 0,
+        max_steps: int | None = None,
         is_main: bool | None = None,
+        watch_forward: bool = True,
     ) -> None:
         self.config = config or GradGuardConfig()
         self.layout: Layout
         self.reading: Reading | None = None
         self.events: list[Event] = []
         self.weights: WeightReading | None = None
+        self.run_id = uuid.uuid4().hex
         self.step_number = start_step
         self.windows = 0
         self.updates = 0
         self.skipped = 0
         self.clipped = 0
+        self.deferred = 0
         self.should_stop = False
-        self._model = model
+        self._model: Any = model
         self._optimizer = optimizer
         self._accelerator = accelerator
         self._lr_scheduler = lr_scheduler
-        self._nonfinite = policies.parse(self.config.nonfinite)
+        self._max_steps = max_steps
+        self._nonfinite = nonfinite.policies.parse(self.config.nonfinite)
+        self._clip = clipping.policies.parse_optional(self.config.clip)
+        self._accumulator: Accumulator | None = None
+        self._replays = Replays(model, budget=int(self.config.replay and self._processes == 1))
+        self._forward_passes = ForwardPasses(model, self) if watch_forward else None
+        self._batch_size: float | None = None
         self._run = run_facts(model, arguments, self.config)
         self._directory = self._record_directory(output_dir)
         self._is_main = is_main if is_main is not None else getattr(accelerator, "is_main_process", True)
@@ -119,64 +158,108 @@ class GradGuard:
         self._record: RecordWriter | None = None
         self._is_open = True
         self._window = _Window()
+        self._said: set[str] = set()
+        self._refuse_what_the_backend_cannot()
         self._read_layout()
 
-    # One window, from the first backward pass to the optimizer's step
+    # One window, from the first forward pass to the optimizer's step
 
     def owns(self, parameters: Sequence[nn.Parameter]) -> bool:
         """Whether these parameters are the guarded model's."""
         return any(id(parameter) in self._ids for parameter in parameters)
 
-    def micro_batch(self, loss: Tensor | None, *, complete: bool) -> None:
+    @property
+    def is_replaying(self) -> bool:
+        """Whether a micro-batch is being run again: what model and Trainer do now is no part of the training."""
+        return self._replays.is_running
+
+    def begin_micro_batch(self, run: Callable[[], object], inputs: Mapping[str, Any]) -> None:
+        """To be called before a forward pass, so that it can be repeated if it goes wrong.
+
+        Args:
+            run: the micro-batch's forward and backward pass.
+            inputs: what the model is given; only a reference is kept, to the end of the window.
+        """
+        self._replays.keep(self._window.micro_batches, run, inputs)
+
+    def micro_batch(self, loss: Tensor | None, *, complete: bool, weight: Tensor | float | None = None) -> None:
         """Tells of a finished backward pass.
 
         Args:
             loss: what was back-propagated, a scalar.
             complete: whether this was the window's last one, so that its gradients are final.
+            weight: the number of target tokens on this process; None where there are none to count.
         """
-        self._window.micro_batches += 1
+        window = self._window
+        window.micro_batches += 1
+        window.measurement = None
         if loss is not None:
             loss = loss.detach()
-            self._window.loss = loss if self._window.loss is None else self._window.loss + loss
+            window.loss = loss if window.loss is None else window.loss + loss
+        if self._accumulator is not None:
+            window.weights.append(weight)
+        if not complete and not self._has_scaler and not self._is_sharded:
+            window.partial.append(Measurement(self._tensors))
         if complete and self._on_gpu and not self._has_scaler:
             # Queued here, the norms reach the host with the Trainer's own wait for the loss. Under a scaler they are
             # final only after it has unscaled them.
-            self._measure()
+            self._measure().note_versions()
 
     def clip(
-        self, max_norm: float, parameters: Sequence[nn.Parameter], stock: Callable[[], Tensor | None], *, always: bool
+        self,
+        max_norm: float | None,
+        parameters: Sequence[nn.Parameter],
+        stock: Callable[[], Tensor | None],
+        *,
+        always: bool,
     ) -> Tensor | None:
-        """Takes the reading, decides, and clips as the Trainer would.
+        """Takes the reading, does what the policies say, and clips as the Trainer would where none of them clips.
 
         Args:
-            max_norm: the limit; infinity where only the norm is wanted.
+            max_norm: the limit; infinity where only the norm is wanted, None where it is not the L2 norm that is
+                limited.
             parameters: what the Trainer clips.
             stock: what the Trainer would have called.
             always: call `stock` in every window: others rely on being called.
 
         Returns:
-            The total norm before clipping.
+            The total norm before clipping: of the accumulated gradient in a window that updates.
         """
-        measurement = self._measure()
-        total_norm = None if self._reads_late else self._read().total_norm
-        if total_norm is not None and self._window.is_dropped and not always:
+        window, measurement = self._window, self._measure_finally()
+        is_all = {id(parameter) for parameter in parameters if parameter.requires_grad} == self._trained_ids
+        # What was measured tells of all gradients together, before anybody has clipped them.
+        needs_stock = always or max_norm is None or not is_all or not measurement.has_gradients or window.has_clipped
+        window.has_clipped = True
+        if self._reads_late:
+            window.max_norm = max_norm
+            if needs_stock or max_norm is None:
+                return stock()
+            return clipping.trainers_own(parameters, max_norm, None, stock, measurement.stock_total)
+        self._act()
+        total_norm = self._read().total_norm if window.total_norm is None else window.total_norm
+        if self._replaces_clip:
             return torch.tensor(total_norm)
-        if always or self._window.decision == "observe":
+        if not window.makes_update:
+            if needs_stock:
+                stock()
+            return torch.tensor(total_norm)
+        window.max_norm = max_norm if is_all else None
+        if needs_stock or max_norm is None or window.decision == "observe":
             return stock()
-        found, self._window.coefficient = clipping.trainers_own(measurement, parameters, max_norm, total_norm, stock)
-        return found
+        is_own = window.taken is None or not window.taken.gradient_was_replaced
+        stock_total = measurement.stock_total if is_own else None
+        return clipping.trainers_own(parameters, max_norm, total_norm, stock, stock_total)
 
     def before_step(self) -> None:
-        """To be called when clipping is done and the optimizer is about to step: a skip takes place here."""
-        if self._window.measurement is None and self._has_scaler:  # nobody clipped, so nobody has unscaled
-            self._accelerator.unscale_gradients(self._optimizer)
-        self._measure()
+        """To be called when clipping is done and the optimizer is about to step."""
+        window = self._window
+        if not window.is_final and self._has_scaler:  # nobody of whom we know has unscaled
+            unscale_once(self._accelerator, self._optimizer)
+        self._measure_finally()
         if not self._reads_late:
-            self._read()
-        if self._window.is_dropped:
-            drop_gradients(self._everything)
-        elif self._wants_weights():
-            self._window.probe = WeightProbe(self._tensors, through_fp16=self._has_scaler)
+            self._act()
+        if window.makes_update and self._wants_weights():
+            window.probe = WeightProbe(self._tensors, through_fp16=self._has_scaler)
 
     def after_step(self, *, updated: bool = True) -> None:
         """To be called after the optimizer's step.
@@ -184,12 +267,12 @@ class GradGuard:
         Args:
             updated: False if the optimizer made no update, as under a scaler that met an infinity.
         """
-        reading = self._read()
+        window = self._window
         # The fused AdamW reports no skip: it is called all the same, and told of the infinity.
-        skipped_by_scaler = self._has_scaler and bool(reading.nonfinite)
-        self._window.updated = updated and not skipped_by_scaler and not self._window.is_dropped
-        if self._window.probe is not None and self._window.updated:
-            self.weights = self._window.probe.finish()
+        skipped_by_scaler = self._has_scaler and bool(self._read().nonfinite)
+        window.updated = updated and not skipped_by_scaler and window.makes_update
+        if window.probe is not None and window.updated:
+            self.weights = window.probe.finish()
 
     def end_window(self) -> None:
         """To be called when the window is over: judges, counts and records it."""
@@ -197,25 +280,31 @@ class GradGuard:
         self.step_number = reading.step
         self.windows += 1
         self.updates += window.updated
-        self.clipped += window.coefficient is not None and window.coefficient < 1
+        self._account_for_clipping()
         measured = self.weights if window.probe is not None and window.updated else None
+        if window.updated and window.taken is not None:
+            self._batch_size = window.taken.weight
         if self._record is not None:
-            self._record.window(self._row(reading))
-            if measured is not None:
-                self._record.weights(reading.step, measured.norms, measured.update_ratios)
-        if window.updated and not reading.nonfinite:
+            self._write_rows(self._record, reading, measured)
+        if not reading.nonfinite and (window.updated or window.taken is not None):
             self._pass_judgement(reading, measured)
         self._window = _Window()
+        self._replays.forget()
 
-    def step(self, loss: Tensor | None = None, num_tokens: int | None = None) -> None:
+    @property
+    def schedule_waits(self) -> bool:
+        """Whether the learning-rate schedule stands still in the window under way, as `lr_schedule='updates'` asks."""
+        return self.config.lr_schedule == "updates" and not self._window.updated
+
+    def step(self, loss: Tensor | None = None, num_tokens: Tensor | int | None = None) -> None:
         """One micro-batch of your own loop, after `accelerator.backward(loss)`: in the last of a window it does what
-        `clip_grad_norm_`, `optimizer.step`, `scheduler.step` and `zero_grad` would. `should_stop` becomes True when
-        training should end.
+        `clip_grad_norm_`, `optimizer.step`, `scheduler.step` and `zero_grad` would, as far as the policies let the
+        optimizer step. `should_stop` becomes True when training should end.
 
         Args:
             loss: what was back-propagated, for the record.
-            num_tokens: the number of target tokens in the micro-batch, by which policies weight what they hold back;
-                without effect as long as none holds anything back.
+            num_tokens: the number of target tokens in the micro-batch on this process, by which windows that are held
+                back are weighted; without it every micro-batch counts the same.
         """
         accelerator = self._accelerator
         if self._optimizer is None:
@@ -223,16 +312,33 @@ class GradGuard:
         complete = accelerator is None or accelerator.sync_gradients
         if loss is not None and accelerator is not None:
             loss = loss.detach() / accelerator.gradient_accumulation_steps
-        self.micro_batch(loss, complete=complete)
+        self.micro_batch(loss, complete=complete, weight=num_tokens)
         if not complete:
             return
         self.before_step()
         self._optimizer.step()
         self.after_step(updated=not getattr(self._optimizer, "step_was_skipped", False))
-        if self._lr_scheduler is not None:
+        if self._lr_scheduler is not None and not self.schedule_waits:
             self._lr_scheduler.step()
         self._optimizer.zero_grad()
         self.end_window()
+
+    def update(self) -> bool:
+        """Makes the update that a policy still holds back, at the end of your own loop: returns whether there was one.
+        (In a Trainer, the window that ends training does this by itself.)"""
+        taken = None if self._accumulator is None or self.config.dry_run else self._accumulator.finish()
+        if taken is None:
+            return False
+        self._window.taken = taken
+        self._clip_by_policy(taken.norms)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        self.updates += 1
+        self._account_for_clipping()
+        self._window = _Window()
+        message = f"the update with the {taken.windows} windows that were held back was made at the end"
+        self.say(Event("notice", self.step_number, value=taken.norm, message=message))
+        return True
 
     # The run
 
@@ -251,31 +357,40 @@ class GradGuard:
         ratio = depth_ratio(norms)
         if ratio is not None:
             found["gradguard/depth_ratio"] = ratio
-        for name in ("windows", "updates", "skipped", "clipped"):
+        for name in _COUNTS if self._accumulator is not None else _COUNTS[:-1]:
             found[f"gradguard/{name}"] = getattr(self, name)
+        if self._accumulator is not None:
+            found["gradguard/accumulated_norm"] = reading.accumulated_norm
+            if self._batch_size is not None:
+                found["gradguard/batch_size"] = self._batch_size
+            if not np.isnan(self._accumulator.noise_scale):
+                found["gradguard/noise_scale"] = self._accumulator.noise_scale
         if self.config.log_layers:
             found |= {f"gradguard/layer_{index:03d}/grad_norm": norm for index, norm in enumerate(norms)}
         return found
 
     def say(self, event: Event) -> None:
-        """Adds an event to the list, the record and the log."""
-        is_news = event.kind != "healthy" or any(earlier.kind in SEVERITY for earlier in self.events)
+        """Adds an event to the list, the record and the log. Of a routine kind, which may come in every window, only
+        the first is a warning."""
+        is_news = event.kind != "healthy" or not self._said.isdisjoint(SEVERITY)
+        is_repetition = event.kind in self._said and (event.kind in ROUTINE or event.action == "observe")
+        self._said.add(event.kind)
         self.events.append(event)
         if self._record is not None:
             self._record.event(event)
         if self._is_main:
-            logger.log(
-                logging.WARNING if is_news else logging.INFO,
-                "GradGuard, update %d: %s: %s",
-                event.step,
-                event.kind,
-                event.message,
-            )
+            level = logging.DEBUG if is_repetition else logging.WARNING if is_news else logging.INFO
+            logger.log(level, "GradGuard, update %d: %s: %s", event.step, event.kind, event.message)
 
     def summary(self) -> str:
         """What came of the run, in a few lines for people."""
         counts = [f"{self.updates} updates"]
-        counts += [f"{count} {what}" for what, count in (("clipped", self.clipped), ("skipped", self.skipped)) if count]
+        counts += [
+            f"{getattr(self, name)} {name}" for name in ("deferred", "clipped", "skipped") if getattr(self, name)
+        ]
+        if self.config.dry_run:
+            would = Counter(event.action for event in self.events if (event.action or "").startswith("would "))
+            counts += [f"{action} {count} times" for action, count in would.items()]
         lines = [str(self.verdict), f"Run:     {', '.join(counts)}"]
         if self._record is not None:
             lines.append(f"Record:  {self._directory} (see it with: gradguard report {self._directory.parent})")
@@ -287,34 +402,77 @@ class GradGuard:
             self._record.flush()
 
     def close(self, status: str = "finished", message: str = "") -> None:
-        """Ends the record; calling it again does nothing.
+        """Ends the record; calling it again does nothing. What a policy still holds back is discarded, with an event.
 
         Args:
             status: `finished`, `stopped`, `failed` or `interrupted`.
             message: what happened, for the last two.
         """
-        if self._is_open and self._record is not None:
-            self._record.close("stopped" if self.should_stop and status == "finished" else status, message)
+        if not self._is_open:
+            return
         self._is_open = False
+        if self._forward_passes is not None:
+            self._forward_passes.remove()
+        self._replays.end()
+        if self._accumulator is not None and (held := self._accumulator.discard()) and not self.config.dry_run:
+            self.say(sentences.discarded(self.step_number, held))
+        if self._record is not None:
+            self._record.close("stopped" if self.should_stop and status == "finished" else status, message)
+        # What was seen can be looked at for as long as one likes; what was trained need not stay in memory for that.
+        self._model = self._optimizer = self._accelerator = self._lr_scheduler = self._accumulator = None
+        self._tensors.clear()
+        self._everything.clear()
+        self._window = _Window()
 
     def state_dict(self) -> dict[str, Any]:
-        """What has to be saved with a checkpoint, as JSON values."""
+        """What has to be saved with a checkpoint: JSON values, but for `held`, the held gradients by parameter name.
+
+        It fits `accelerator.register_for_checkpointing(guard)`.
+        """
+        accumulator = self._accumulator
         return {
             "judge": self._judge.state_dict(),
-            "nonfinite": self._nonfinite.state_dict(),
-            "counts": {name: getattr(self, name) for name in ("windows", "updates", "skipped", "clipped")},
+            "policies": {name: {"policy": text, "state": state} for name, text, state in self._policy_states()},
+            "counts": {name: getattr(self, name) for name in _COUNTS},
+            "step": self.step_number,
+            "batch_size": self._batch_size,
+            "held": {} if accumulator is None else accumulator.tensors(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what `state_dict` gave.
+        """Restores what `state_dict` gave. A policy starts afresh where another one was saved; with `held` left out,
+        what was held back is lost.
 
         Raises:
             ValueError: it was saved for a model with other layers.
         """
-        self._judge.load_state_dict(state["judge"])
-        self._nonfinite.load_state_dict(state["nonfinite"])
         for name, value in state["counts"].items():
             setattr(self, name, int(value))
+        self._batch_size = state["batch_size"]
+        self.step_number = int(state["step"])
+        if self._record is not None:
+            self._record.start_at(self.step_number)
+        for name, policy in self._policies().items():
+            saved = state["policies"].get(name)
+            if saved is not None and _name(saved["policy"]) == _name(getattr(self.config, name)):
+                policy.load_state_dict(saved["state"])
+        if self._accumulator is not None:
+            self._load_held(self._accumulator, state.get("held", {}))
+        self._judge.load_state_dict(state["judge"])
+
+    def _load_held(self, accumulator: Accumulator, tensors: Mapping[str, Tensor]) -> None:
+        if accumulator.windows and not tensors:
+            accumulator.discard()
+        elif accumulator.windows:
+            accumulator.load_tensors(tensors)
+
+    def _policies(self) -> dict[str, Any]:
+        """What has a state of its own, by the name of its option."""
+        policies = {"nonfinite": self._nonfinite, "clip": self._clip, "accumulate": self._accumulator}
+        return {name: policy for name, policy in policies.items() if policy is not None}
+
+    def _policy_states(self) -> list[tuple[str, str, dict[str, Any]]]:
+        return [(name, getattr(self.config, name), policy.state_dict()) for name, policy in self._policies().items()]
 
     # Observe
 
@@ -324,12 +482,22 @@ class GradGuard:
             raise ValueError(f"{type(self._model).__name__} has no trainable parameter: every requires_grad is False")
         self._everything = list(self._model.parameters())
         self._ids = {id(parameter) for parameter in self._everything}
+        self._trained_ids = {id(parameter) for parameter in self._tensors}
         self._trainable = list(map(_REQUIRES_GRAD, self._everything))
         self._on_gpu = any(parameter.is_cuda for parameter in self._tensors)
+        self._is_sharded = any(map(is_sharded, self._tensors))
+        self._set_up_policies()
         self._judge = Judge(stacks_of(self.layout), self.config.thresholds)
+        self._open_record()
+
+    def _open_record(self) -> None:
+        """Opens a segment of the record; a further one where the layout has changed."""
+        if not self.config.record or not self._is_main:
+            return
+        is_first = self._record is None
         if self._record is not None:
             self._record.close("continued")
-        if self.config.record and self._is_main:
+        try:
             self._record = RecordWriter(
                 self._directory,
                 self.layout,
@@ -338,24 +506,78 @@ class GradGuard:
                 record_every=self.config.record_every,  # type: ignore[arg-type]
                 flush_seconds=self.config.flush_seconds,
             )
+        except OSError as error:
+            if is_first:  # nothing is lost yet; later, nothing of the disk may reach training
+                raise
+            self._record = None
+            self.say(Event("warning", self.step_number, message=f"training goes on unrecorded: {error}"))
+            return
+        weakref.finalize(self, self._record.flush)  # a loop that never calls `close` loses nothing either
+
+    def _refuse_what_the_backend_cannot(self) -> None:
+        kind = str(getattr(getattr(self._accelerator, "distributed_type", None), "value", ""))
+        if kind == "DEEPSPEED" and (self._clip is not None or self.config.accumulates):
+            raise ValueError(
+                f"clip={self.config.clip!r}, accumulate={self.config.accumulate!r}: DeepSpeed clips and steps in the "
+                "backward pass of its engine, where no policy can come between; set gradient_clipping and "
+                "gradient_accumulation_steps in its own configuration and leave clip='trainer', accumulate='none' here"
+            )
+
+    def _set_up_policies(self) -> None:
+        self._names = [info.name for info in self.layout.parameters]
+        self._groups = np.array([info.group for info in self.layout.parameters])
+        if self._clip is not None:
+            self._units = clipping.read_units(self._model, self.layout, self._tensors)
+            if reason := self._clip.refuse(self._tensors):
+                raise ValueError(f"clip={self.config.clip!r} can't work here: {reason}")
+        policy = accumulation.policies.parse_optional(self.config.accumulate)
+        if policy is None:
+            return
+        if self._others:
+            raise ValueError(
+                f"accumulate={self.config.accumulate!r} can't hold back what the optimizer steps besides the model: "
+                f"{len(self._others)} of its parameters are not among those of {type(self._model).__name__}; give them "
+                "an optimizer of their own"
+            )
+        before, self._accumulator = (
+            self._accumulator,
+            Accumulator(policy, self._tensors, self._names, shadow=self.config.dry_run),
+        )
+        if before is not None:  # other parameters are trainable now
+            self._accumulator.load_state_dict(before.state_dict())
+            self._accumulator.load_tensors(before.tensors())
 
     def _measure(self) -> Measurement:
         window = self._window
         if window.measurement is None:
             if list(map(_REQUIRES_GRAD, self._everything)) != self._trainable:
+                window.partial.clear()
                 self._read_layout()
             window.measurement = Measurement(self._tensors)
             window.loss_copy = None if window.loss is None else HostCopy(window.loss.double())
+            window.weight_copy = _sum_on_its_way(window.weights)
         return window.measurement
+
+    def _measure_finally(self) -> Measurement:
+        """The measurement of the gradients as they are now, just before they are clipped or used. One that was made at
+        the end of the backward pass is made again where somebody has changed them since."""
+        window = self._window
+        if not window.is_final:
+            if window.measurement is not None and not window.measurement.is_current(self._tensors):
+                window.measurement = None
+            window.is_final = True
+        return self._measure()
 
     def _read(self) -> Reading:
         """Takes delivery of the norms, and decides what to do about this window."""
         window = self._window
         if window.reading is None:
+            norms = self._measure().norms()
             window.reading = self.reading = Reading(
                 step=self.step_number + 1,
                 layout=self.layout,
-                parameter_norms=self._measure().norms(),
+                parameter_norms=norms,
+                accumulated_norm=_total(norms),
                 loss=None if window.loss_copy is None else float(window.loss_copy.values()),
                 learning_rate=self._learning_rate(),
             )
@@ -374,58 +596,137 @@ class GradGuard:
         return scaler is not None and scaler.is_enabled()
 
     @property
+    def _processes(self) -> int:
+        return int(getattr(self._accelerator, "num_processes", 1))
+
+    @property
+    def _replaces_clip(self) -> bool:
+        """Whether a rule of ours clips in place of the Trainer."""
+        return self._clip is not None and not self.config.dry_run
+
+    @property
     def _reads_late(self) -> bool:
         """Whether the norms are looked at only after the optimizer's step: a scaler skips by itself and waits there."""
-        return self._on_gpu and self._has_scaler
+        return self._on_gpu and self._has_scaler and self._clip is None and self._accumulator is None
+
+    @property
+    def _others(self) -> list[nn.Parameter]:
+        """What the optimizer steps besides this model: another model, a parameter of the loss."""
+        groups = getattr(self._optimizer, "param_groups", [])
+        return [parameter for group in groups for parameter in group["params"] if id(parameter) not in self._ids]
 
     def _learning_rate(self) -> float | None:
         groups = getattr(self._optimizer, "param_groups", None)
         return float(groups[0]["lr"]) if groups else None
 
     def _wants_weights(self) -> bool:
+        """Whether a probe has come due in this window or in one that was held back for it."""
         every = self.config.weights_every
+        held = 0 if self._window.taken is None else self._window.taken.windows - 1
         # Underflow takes two probes to be believed; the first window's may have a learning rate of zero.
-        return every > 0 and (self.step_number % every == 0 or self.step_number == every // 4)
+        due = range(self.step_number - held, self.step_number + 1)
+        return every > 0 and any(step % every == 0 or step == every // 4 for step in due)
 
     # Judge and act
 
     def _decide(self, reading: Reading) -> None:
-        bad = reading.nonfinite
-        decision = self._nonfinite.decide(bool(bad))
+        decision = self._nonfinite.decide(bool(reading.nonfinite))
         if decision == "skip" and self._has_scaler:
             # The scaler looks for its scale by overflowing: it skips the update by itself, and that is no alarm.
             return
-        self._window.decision = decision
         if decision is None:
             return
-        self.skipped += self._window.is_dropped
-        self.should_stop |= decision == "stop"
-        self.say(self._nonfinite_event(reading, bad, decision))
-        if decision == "stop":
-            message = f"training ends: {self.config.nonfinite} allows no further window with non-finite gradients"
-            self.say(Event("stopped", reading.step, action="stop", message=message))
+        fault = find_fault(reading, self._window.partial, self._window.micro_batches, self._replays)
+        self._window.decision = "observe" if self.config.dry_run else decision
+        self._window.makes_update = self._window.decision == "observe"
+        self.skipped += not self._window.makes_update
+        self.should_stop |= self._window.decision == "stop"
+        self.say(sentences.nonfinite(reading.step, fault, decision, dry_run=self.config.dry_run))
+        if self.config.save_batch and fault.micro_batch is not None:
+            self._save_batch(reading.step, fault)
+        if self._window.decision == "stop":
+            self.say(sentences.stopped(reading.step, self.config.nonfinite))
 
-    def _nonfinite_event(self, reading: Reading, bad: list[str], action: Decision) -> Event:
-        # The backward pass meets the parameters from the last to the first, so that the last is nearest to the origin.
-        name = bad[-1]
-        index = [info.name for info in self.layout.parameters].index(name)
-        value = float(reading.parameter_norms[index])
-        others = f" and of {len(bad) - 1} more parameters" if len(bad) > 1 else ""
-        done = {
-            "skip": "the update was skipped, the weights are as before",
-            "stop": "the update was skipped, the weights are as before",
-            "observe": "the update goes ahead, as nonfinite='observe' asks",
-        }[action]
-        return Event(
-            kind="nonfinite",
-            step=reading.step,
-            parameter=name,
-            layer=self.layout.groups[self.layout.parameters[index].group].name,
-            micro_batch=0 if self._window.micro_batches == 1 else None,
-            value=value,
-            action=action,
-            message=f"the gradient of {name}{others} holds {'NaN' if value != value else 'infinity'}; {done}",
-        )
+    def _act(self) -> None:
+        """Does to the gradients of the window under way what the policies say, once."""
+        window, reading = self._window, self._read()
+        if window.has_acted:
+            return
+        window.has_acted = True
+        if not window.makes_update:
+            drop_gradients([*self._everything, *self._others])
+        if self._accumulator is not None:
+            self._accumulate(reading, self._accumulator)
+        taken = window.taken
+        norms = reading.parameter_norms if taken is None else taken.norms
+        is_replaced = taken is not None and taken.gradient_was_replaced
+        window.total_norm = _total(norms) if is_replaced else reading.total_norm
+        if window.makes_update and np.all(np.isfinite(norms)) and (taken is None or taken.update):
+            self._clip_by_policy(norms)
+
+    def _accumulate(self, reading: Reading, accumulator: Accumulator) -> None:
+        window = self._window
+        is_final = self._max_steps is not None and reading.step >= self._max_steps
+        if reading.nonfinite:
+            if window.makes_update or not is_final:  # the scaler skips by itself; a dry run leaves all to the Trainer
+                return
+            # A bad window costs itself only: what was held before it is still to be used.
+            window.taken = accumulator.finish()
+            window.makes_update = window.taken is not None
+            return
+        weight = self._window_weight()
+        window.taken = taken = accumulator.take(reading.parameter_norms, weight, step=reading.step, final=is_final)
+        window.reading = self.reading = replace(reading, accumulated_norm=taken.norm)
+        if taken.update:
+            return
+        window.makes_update = self.config.dry_run
+        self.deferred += not window.makes_update
+        self.say(sentences.deferred(reading.step, taken, dry_run=self.config.dry_run))
+
+    def _window_weight(self) -> float:
+        """Target tokens of the window on all processes; its micro-batches where they were not counted."""
+        copy, window = self._window.weight_copy, self._window
+        weight = float(window.micro_batches) if copy is None else float(copy.values())
+        if self._processes == 1:
+            return weight
+        device = self._accelerator.device
+        total = self._accelerator.reduce(torch.tensor(weight, dtype=torch.float64, device=device), "sum")
+        return float(total)
+
+    def _clip_by_policy(self, norms: NDArray[np.float64]) -> None:
+        if self._clip is None:
+            return
+        gradient = clipping.Gradient(self._tensors, self._names, self._groups, norms, self._units)
+        self._window.clip = clip = self._clip.clip(gradient)
+        if self.config.dry_run:
+            return
+        self._window.coefficient = 1.0
+        if clip is not None:
+            clip.apply(gradient)
+
+    def _account_for_clipping(self) -> None:
+        """Counts a clip of the window under way, and says what a rule of ours did."""
+        window = self._window
+        outcome = None if window.clip is None else window.clip.outcome()
+        if outcome is not None:
+            self.say(sentences.clipped(self.step_number, outcome, self.layout, dry_run=self.config.dry_run))
+            if not self.config.dry_run:
+                window.coefficient = outcome.coefficient
+        if window.max_norm is not None and window.updated and not self._read().nonfinite:
+            total_norm = self._read().total_norm if window.total_norm is None else window.total_norm
+            window.coefficient = clipping.stock_coefficient(window.max_norm, total_norm)
+        self.clipped += window.coefficient is not None and window.coefficient < 1
+
+    def _save_batch(self, step: int, fault: Fault) -> None:
+        if fault.replayed is None:
+            return
+        path = self._directory / "batches" / f"window-{step:06d}-micro-batch-{fault.micro_batch}.safetensors"
+        try:
+            origin.save(fault.replayed, path)
+            message = f"its inputs were written to {path}"
+        except OSError as error:
+            message = f"its inputs can't be written to {path} ({error})"
+        self.say(Event("notice", step, micro_batch=fault.micro_batch, message=message))
 
     def _pass_judgement(self, reading: Reading, measured: WeightReading | None) -> None:
         if measured is not None:
@@ -455,17 +756,33 @@ class GradGuard:
 
     # Record
 
-    def _row(self, reading: Reading) -> Window:
-        return Window(
-            step=reading.step,
-            loss=reading.loss,
-            learning_rate=reading.learning_rate,
-            total_norm=reading.total_norm,
-            norms=reading.parameter_norms,
-            clip_coefficient=self._window.coefficient,
-            updated=self._window.updated,
-            seconds=time.monotonic() - self._started,
+    def _write_rows(self, record: RecordWriter, reading: Reading, measured: WeightReading | None) -> None:
+        window = self._window
+        if window.taken is not None:
+            record.accumulation(
+                AccumulationRow(
+                    step=reading.step,
+                    windows=window.taken.windows,
+                    weight=window.taken.weight,
+                    accumulated_norm=window.taken.norm,
+                    noise_scale=window.taken.noise_scale,
+                    updated=window.taken.update,
+                )
+            )
+        record.window(
+            Window(
+                step=reading.step,
+                loss=reading.loss,
+                learning_rate=reading.learning_rate,
+                total_norm=reading.total_norm,
+                norms=reading.parameter_norms,
+                clip_coefficient=window.coefficient,
+                updated=window.updated,
+                seconds=time.monotonic() - self._started,
+            )
         )
+        if measured is not None:
+            record.weights(reading.step, measured.norms, measured.update_ratios)
 
     def _record_directory(self, output_dir: str | Path | None) -> Path:
         if self.config.record_dir is not None:
@@ -477,3 +794,20 @@ def depth_ratio(norms: Sequence[float]) -> float | None:
     """First layer's norm ÷ last layer's, over the layers that have a gradient; None with fewer than two."""
     seen = [norm for norm in norms if not np.isnan(norm)]
     return seen[0] / seen[-1] if len(seen) > 1 and seen[-1] > 0 else None
+
+
+def _total(norms: NDArray[np.float64]) -> float:
+    """L2 norm of all gradients together."""
+    return float(np.sqrt(np.sum(np.square(np.where(norms == NO_GRADIENT, 0.0, norms)))))
+
+
+def _sum_on_its_way(weights: Sequence[Tensor | float | None]) -> HostCopy | None:
+    """The sum of numbers some of which may be on a device, without waiting for it; None where one is unknown."""
+    if not weights or any(weight is None for weight in weights):
+        return None
+    total: Any = sum(weights)
+    return HostCopy(torch.as_tensor(total).detach().double())
+
+
+def _name(policy: str) -> str:
+    return policy.partition(":")[0]

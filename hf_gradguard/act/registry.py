@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar, get_type_hints
+from types import NoneType
+from typing import Any, Generic, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 P = TypeVar("P")
 C = TypeVar("C", bound=type)
@@ -13,6 +14,10 @@ C = TypeVar("C", bound=type)
 
 class Registry(Generic[P]):
     """The policies of one kind, each a dataclass whose fields are its options.
+
+    Args:
+        kind: what the policies are for, as the configuration calls it.
+        absent: the name that stands for having no policy at all, if there is one.
 
     Example:
         >>> rules: Registry[object] = Registry("nonfinite")
@@ -24,8 +29,9 @@ class Registry(Generic[P]):
         Skip(max_consecutive=5)
     """
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, absent: str | None = None) -> None:
         self.kind = kind
+        self.absent = absent
         self._policies: dict[str, type] = {}
 
     def register(self, name: str) -> Callable[[C], C]:
@@ -38,8 +44,17 @@ class Registry(Generic[P]):
         return add
 
     def names(self) -> list[str]:
-        """The names that `parse` knows, sorted."""
-        return sorted(self._policies)
+        """The names that `parse_optional` knows, sorted."""
+        return sorted([*self._policies, *([] if self.absent is None else [self.absent])])
+
+    def parse_optional(self, spec: str | P) -> P | None:
+        """As `parse`, and None for the name that stands for no policy."""
+        return None if isinstance(spec, str) and spec.strip() == self.absent else self.parse(spec)
+
+    def canonical(self, spec: str | P) -> str:
+        """The text form of a policy given as text or as an object; raises ValueError as `parse` does."""
+        policy = self.parse_optional(spec)
+        return spec.strip() if policy is None or isinstance(spec, str) else self.text(policy)  # type: ignore[union-attr]
 
     def parse(self, spec: str | P) -> P:
         """The policy that a text describes; a policy object is returned as it is.
@@ -54,21 +69,9 @@ class Registry(Generic[P]):
             return spec
         name, _, options = spec.strip().partition(":")
         if name not in self._policies:
-            raise ValueError(f"unknown {self.kind} policy {name!r}{nearest(name, self._policies)}. {self._known()}")
-        policy = self._policies[name]
-        hints = get_type_hints(policy)
-        types = {field.name: hints[field.name] for field in dataclasses.fields(policy) if field.init}
-        values: dict[str, Any] = {}
-        for option in filter(None, (part.strip() for part in options.split(","))):
-            key, separator, text = (part.strip() for part in option.partition("="))
-            if not separator:
-                raise ValueError(f"{self.kind}={spec!r}: {option!r} is not of the form key=value")
-            if key not in types:
-                known = f"Known: {', '.join(types)}" if types else "It takes no options"
-                raise ValueError(f"{self.kind}={spec!r}: unknown option {key!r}{nearest(key, types)}. {known}")
-            values[key] = _convert(f"{self.kind}={spec!r}: {key}", text, types[key])
+            raise ValueError(f"unknown {self.kind} policy {name!r}{nearest(name, self.names())}. {self._known()}")
         try:
-            return policy(**values)  # type: ignore[no-any-return]
+            return self._policies[name](**_values(self._policies[name], name, options))  # type: ignore[no-any-return]
         except ValueError as error:
             raise ValueError(f"{self.kind}={spec!r}: {error}") from None
 
@@ -89,7 +92,38 @@ def nearest(name: str, known: Any) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def _convert(place: str, text: str, kind: type) -> Any:
+def _values(policy: type, name: str, text: str) -> dict[str, Any]:
+    """The options of a policy from their text, as its class takes them."""
+    hints = get_type_hints(policy)
+    fields = {field.name: field for field in dataclasses.fields(policy) if field.init}
+    values: dict[str, Any] = {}
+    for option in filter(None, (part.strip() for part in text.split(","))):
+        key, separator, value = (part.strip() for part in option.partition("="))
+        if not separator:
+            raise ValueError(f"{option!r} is not of the form key=value")
+        if key not in fields:
+            known = f"Known: {', '.join(fields)}" if fields else "It takes no options"
+            raise ValueError(f"unknown option {key!r}{nearest(key, fields)}. {known}")
+        values[key] = _convert(key, value, hints[key])
+    required = [key for key, field in fields.items() if _has_no_default(field)]
+    if missing := [key for key in required if key not in values]:
+        example = ",".join(f"{key}=…" for key in required)
+        raise ValueError(f"{' and '.join(missing)} must be given: write {name}:{example}")
+    return values
+
+
+def _has_no_default(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def _convert(place: str, text: str, kind: Any) -> Any:
+    kinds = [option for option in get_args(kind) if option is not NoneType]
+    if get_origin(kind) is Literal:
+        if text not in kinds:
+            raise ValueError(f"{place}={text!r}{nearest(text, kinds)} must be one of {', '.join(kinds)}")
+        return text
+    if len(kinds) < len(get_args(kind)):  # a union with None
+        return None if text.lower() == "none" else _convert(place, text, kinds[0])
     if kind is bool:
         if text.lower() not in ("true", "false"):
             raise ValueError(f"{place}={text!r} must be true or false")

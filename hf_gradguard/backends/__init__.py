@@ -5,6 +5,7 @@ One function for everybody else, `squared_norms`; a further kind of storage is o
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from hf_gradguard.backends import dtensor, plain
 
-__all__ = ["squared_norms"]
+__all__ = ["largest_magnitudes", "squared_norms"]
 
 
 @torch.no_grad()
@@ -41,3 +42,16 @@ def squared_norms(gradients: Sequence[Tensor], *, precise: bool = False) -> tupl
             part, _ = measure([gradients[index] for index in where], precise=precise)
             squares[torch.tensor(where, device=device)] = part.to(device)
     return squares, None
+
+
+@torch.no_grad()
+def largest_magnitudes(tensors: Sequence[Tensor]) -> Tensor:
+    """Largest magnitude of an element of each tensor, float64 `[len(tensors)]`; infinity for a sharded tensor, of which
+    only all ranks together could tell."""
+    local = [not dtensor.is_sharded(tensor) for tensor in tensors]
+    device = dtensor.device_of(tensors[0])
+    largest = torch.full((len(tensors),), torch.inf, dtype=torch.float64, device=device)
+    if any(local):
+        where = torch.tensor(local, device=device)
+        largest[where] = plain.largest_magnitudes(list(itertools.compress(tensors, local))).to(device)
+    return largest

@@ -9,6 +9,7 @@ float64, and only those of at most two rows in float32. A GPU adds up in a tree 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -26,6 +27,8 @@ SMALL = 64 * ROW
 def squared_norms(gradients: Sequence[Tensor], *, precise: bool = False) -> tuple[Tensor, Tensor | None]:
     """See `hf_gradguard.backends.squared_norms`, of which this is the part for ordinary tensors."""
     kinds = {(gradient.device, gradient.dtype, gradient.layout) for gradient in gradients}
+    if any(dtype.is_complex for _, dtype, _ in kinds):
+        return squared_norms([torch.view_as_real(g) if g.is_complex() else g for g in gradients], precise=precise)
     if any(layout != torch.strided for _, _, layout in kinds):
         gradients = [gradient if gradient.layout == torch.strided else _values(gradient) for gradient in gradients]
     if precise:
@@ -49,6 +52,12 @@ def squared_norms(gradients: Sequence[Tensor], *, precise: bool = False) -> tupl
             found = torch._foreach_norm(list(itertools.compress(parts, chosen)), 2, dtype)
             squares[torch.from_numpy(chosen)] = _gather(found).to(squares)
     return squares.square_(), None
+
+
+def largest_magnitudes(tensors: Sequence[Tensor]) -> Tensor:
+    """See `hf_gradguard.backends.largest_magnitudes`, of which this is the part for ordinary tensors."""
+    values = [tensor if tensor.layout == torch.strided else _values(tensor) for tensor in tensors]
+    return _gather([torch.linalg.vector_norm(value, math.inf).double() for value in values])
 
 
 def _row_norms(values: Tensor) -> Tensor:

@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import Trainer
 
+from hf_gradguard.config import GradGuardConfig
+from hf_gradguard.observe.random_state import RandomState
+
 Check = Callable[[Trainer], str | None]
 
 
-def refuse(trainer: Trainer) -> None:
-    """Raises for what can't be trained at all.
+def refuse(trainer: Trainer, config: GradGuardConfig) -> None:
+    """Raises for what can't be trained at all, or not with this configuration.
 
     Raises:
-        ValueError: no parameter is trainable, or the training dataset is empty.
+        ValueError: no parameter is trainable, the training dataset is empty, or a policy can't do what it should.
     """
+    fsdp = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    if fsdp is not None and getattr(fsdp, "fsdp_version", 1) == 1:
+        raise ValueError(
+            "FSDP version 1 flattens and shards parameters so that no gradient can be read for itself; use "
+            "fsdp_version: 2 (accelerate launch --fsdp_version 2)"
+        )
+    acting = [name for name in ("clip", "accumulate") if getattr(config, name) != getattr(GradGuardConfig, name)]
+    if acting and (reason := no_gradient_to_see(trainer)):
+        policies = " and ".join(f"{name}={getattr(config, name)!r}" for name in acting)
+        raise ValueError(f"{policies} can't work here: {reason}")
     if trainer.model is not None and not any(parameter.requires_grad for parameter in trainer.model.parameters()):
         raise ValueError(
             f"{type(trainer.model).__name__} has no trainable parameter: every requires_grad is False. "
@@ -36,6 +47,14 @@ def refuse(trainer: Trainer) -> None:
 def warnings_before_training(trainer: Trainer) -> list[str]:
     """What is going to be wrong with this run, a sentence with its remedy each."""
     return [message for check in CHECKS if (message := check(trainer)) is not None]
+
+
+def notices(trainer: Trainer, config: GradGuardConfig) -> list[str]:
+    """What of the Trainer's own arguments has no effect, because a policy stands in its place."""
+    if config.clip == "trainer" or config.dry_run:
+        return []
+    limit = trainer.args.max_grad_norm
+    return [f"clip={config.clip!r} clips in place of the Trainer, whose max_grad_norm={limit} has no effect"]
 
 
 def no_gradient_to_see(trainer: Trainer) -> str | None:
@@ -60,19 +79,21 @@ def data_parallel(trainer: Trainer) -> str | None:
     return None
 
 
-def loss_scaling(trainer: Trainer) -> str | None:
+def loss_scaling(trainer: Trainer, batch: Mapping[str, Any]) -> str | None:
     """Whether the loss is divided by the number of target tokens of the whole window, as the Trainer believes of any
     model that takes keyword arguments; where it is not, accumulation adds up gradients that nobody divides.
 
-    Found by trying: the loss of two examples is computed as if the window held twice as many tokens, and must halve.
+    Found by trying, before the first update: the loss of a batch is computed as if the window held twice as many
+    tokens, and must halve.
+
+    Args:
+        trainer: about to train.
+        batch: its first micro-batch, as the Trainer gives it to `training_step`.
     """
     times = trainer.args.gradient_accumulation_steps
     if trainer.args.average_tokens_across_devices:
         times *= trainer.args.world_size
-    if times == 1 or not trainer.model_accepts_loss_kwargs or _normalises_by_itself(trainer):
-        return None
-    batch = _two_examples(trainer)
-    if batch is None or "labels" not in batch:
+    if times == 1 or not trainer.model_accepts_loss_kwargs or _normalises_by_itself(trainer) or "labels" not in batch:
         return None
     losses = _losses_for(trainer, batch, (64, 128))
     if losses is None or not np.all(np.isfinite(losses)) or abs(losses[1]) < 0.75 * abs(losses[0]):
@@ -87,7 +108,7 @@ def loss_scaling(trainer: Trainer) -> str | None:
 
 
 CHECKS: list[Check] = [no_gradient_to_see, data_parallel]
-"""Run before every training; `loss_scaling` only where it is asked for."""
+"""Run before every training; `loss_scaling` waits for the first batch."""
 
 
 def _normalises_by_itself(trainer: Trainer) -> bool:
@@ -95,48 +116,19 @@ def _normalises_by_itself(trainer: Trainer) -> bool:
     return has_own_loss or trainer.compute_loss_func is not None or trainer.label_smoother is not None
 
 
-def _two_examples(trainer: Trainer) -> dict[str, Any] | None:
-    """Two collated training examples, taken without moving any iterator or random state of the training; None where
-    that is not possible (a one-way stream)."""
-    loader: Any = trainer.callback_handler.train_dataloader
-    dataset: Any = getattr(loader, "dataset", None)
-    try:
-        with _random_state_kept():
-            if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__"):
-                examples = [dataset[index % len(dataset)] for index in range(2)]
-            elif hasattr(dataset, "take"):  # a `datasets` stream, which starts afresh at each iteration
-                examples = list(dataset.take(2))
-            else:
-                return None
-            batch = loader.collate_fn(examples)
-    except Exception:  # what the user's dataset or collator raises will be raised again, in its place, by training
-        return None
-    device = trainer.args.device
-    return {key: value.to(device) if hasattr(value, "to") else value for key, value in batch.items()}
-
-
 @torch.no_grad()
-def _losses_for(trainer: Trainer, batch: dict[str, Any], counts: tuple[int, ...]) -> list[float] | None:
-    model = trainer.model
-    assert model is not None
-    was_training = model.training
+def _losses_for(trainer: Trainer, batch: Mapping[str, Any], counts: tuple[int, ...]) -> list[float] | None:
+    model: Any = trainer.model
+    was_training, before = model.training, RandomState.capture()
+    batch = {key: value.to(trainer.args.device) if hasattr(value, "to") else value for key, value in batch.items()}
     model.eval()
     try:
-        with _random_state_kept(), trainer.accelerator.autocast():
+        # A compiled model would be compiled once more, for evaluation.
+        with torch.compiler.set_stance("force_eager"), trainer.accelerator.autocast():
             outputs = [model(**batch, num_items_in_batch=torch.tensor(count)) for count in counts]
         return [float(output["loss"]) for output in outputs]
-    except (KeyError, TypeError, ValueError, RuntimeError):
+    except Exception:  # what is wrong with the model or the batch is raised again, in its place, by training
         return None
     finally:
         model.train(was_training)
-
-
-@contextmanager
-def _random_state_kept() -> Iterator[None]:
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
+        before.restore()

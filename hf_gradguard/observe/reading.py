@@ -24,16 +24,14 @@ class Reading:
     """The window's loss as it was back-propagated (the sum over its micro-batches), or None where none was seen."""
     learning_rate: float | None
     """The learning rate of the optimizer's first group for this update."""
+    accumulated_norm: float
+    """L2 norm of what is held for the next update, this window included: the window's own norm where nothing is held
+    back."""
 
     @property
     def total_norm(self) -> float:
         """L2 norm of all gradients together."""
         return float(np.sqrt(np.sum(self._squares())))
-
-    @property
-    def accumulated_norm(self) -> float:
-        """L2 norm of what is held for the next update, this window included."""
-        return self.total_norm
 
     def norms(self) -> dict[str, float | None]:
         """L2 norm of each parameter's gradient, under each of its names; None for a parameter that got no gradient."""

@@ -34,7 +34,7 @@ def test_a_wrapper_put_on_the_object_before_is_called_and_put_back() -> None:
     greeter.greet = before  # type: ignore[method-assign]
     stand_in = StandIn(greeter, "greet", shout)
     assert greeter.greet("a") == "DEAR A"
-    assert not stand_in.stands_before_stock()
+    assert not stand_in.stands_before(Greeter)
     stand_in.remove()
     assert greeter.greet is before
 
@@ -42,10 +42,10 @@ def test_a_wrapper_put_on_the_object_before_is_called_and_put_back() -> None:
 def test_a_wrapper_put_on_the_class_later_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
     greeter = Greeter()
     stand_in = StandIn(greeter, "greet", shout)
-    assert stand_in.stands_before_stock()
+    assert stand_in.stands_before(Greeter)
     monkeypatch.setattr(Greeter, "greet", eval("lambda self, name: f'good day {name}'"))  # code of another file
     assert greeter.greet("a") == "GOOD DAY A"
-    assert not stand_in.stands_before_stock()
+    assert not stand_in.stands_before(Greeter)
 
 
 def test_a_wrapper_put_around_us_survives_our_removal_and_we_pass_through() -> None:
