@@ -51,11 +51,8 @@ def find_fault(reading: Reading, partial: Sequence[Measurement], micro_batches: 
     replayed, origin = (None, None) if found is None else found
     bad = np.flatnonzero(~np.isfinite(norms))
     parameters = reading.layout.parameters
-    # The backward pass meets the parameters from the last to the first, so that the last is nearest to the origin.
-    within = [] if origin is None or origin.module is None else [
-        index for index in bad if parameters[index].name.startswith(f"{origin.module}.")
-    ]  # fmt: skip
-    nearest = int(within[-1] if within else bad[-1])
+    module = None if origin is None else origin.module
+    nearest = int(bad[_nearest([parameters[index].name for index in bad], module)])
     return Fault(
         parameter=parameters[nearest].name,
         layer=reading.layout.groups[parameters[nearest].group].name,
@@ -65,3 +62,14 @@ def find_fault(reading: Reading, partial: Sequence[Measurement], micro_batches: 
         replayed=replayed,
         origin=origin,
     )
+
+
+def _nearest(names: Sequence[str], module: str | None) -> int:
+    """Index of the parameter nearest to the origin: in the module that made the fault, or in the smallest module around
+    it that has a bad one. The backward pass meets parameters from the last to the first: of several it is the last."""
+    around = module
+    while around:
+        if within := [index for index, name in enumerate(names) if name.startswith(f"{around}.")]:
+            return within[-1]
+        around = around.rpartition(".")[0]
+    return len(names) - 1
