@@ -42,6 +42,9 @@ class GradGuardConfig:
     lr_schedule: str = "windows"
     """What the learning-rate schedule counts where `accumulate` holds windows back: `windows` (it follows the data) or
     `updates`."""
+    noise_smoothing: float = 0.95
+    """Share of the averages behind the gradient noise scale that stays from one update to the next; 0.95 looks back on
+    about 20 updates."""
     dry_run: bool = False
     """Whether the policies only say what they would have done."""
     replay: bool = True
@@ -80,6 +83,8 @@ class GradGuardConfig:
             raise ValueError(f"weights_every={self.weights_every!r} must be a whole number from 0 (0 for never)")
         if not (isinstance(self.flush_seconds, (int, float)) and 0 <= self.flush_seconds < math.inf):
             raise ValueError(f"flush_seconds={self.flush_seconds!r} must be a number of seconds from 0")
+        if not (isinstance(self.noise_smoothing, (int, float)) and 0 <= self.noise_smoothing < 1):
+            raise ValueError(f"noise_smoothing={self.noise_smoothing!r} must be from 0 to below 1")
         if self.lr_schedule not in ("windows", "updates"):
             raise ValueError(f"lr_schedule={self.lr_schedule!r} must be 'windows' or 'updates'")
         for item in dataclasses.fields(self):

@@ -169,6 +169,11 @@ class GradGuard:
         return any(id(parameter) in self._ids for parameter in parameters)
 
     @property
+    def is_sharded(self) -> bool:
+        """Whether this process holds only a part of the gradients."""
+        return self._is_sharded
+
+    @property
     def is_replaying(self) -> bool:
         """Whether a micro-batch is being run again: what model and Trainer do now is no part of the training."""
         return self._replays.is_running
@@ -457,14 +462,8 @@ class GradGuard:
             if saved is not None and _name(saved["policy"]) == _name(getattr(self.config, name)):
                 policy.load_state_dict(saved["state"])
         if self._accumulator is not None:
-            self._load_held(self._accumulator, state.get("held", {}))
+            self._accumulator.load_tensors(state.get("held", {}))
         self._judge.load_state_dict(state["judge"])
-
-    def _load_held(self, accumulator: Accumulator, tensors: Mapping[str, Tensor]) -> None:
-        if accumulator.windows and not tensors:
-            accumulator.discard()
-        elif accumulator.windows:
-            accumulator.load_tensors(tensors)
 
     def _policies(self) -> dict[str, Any]:
         """What has a state of its own, by the name of its option."""
@@ -539,13 +538,16 @@ class GradGuard:
                 f"{len(self._others)} of its parameters are not among those of {type(self._model).__name__}; give them "
                 "an optimizer of their own"
             )
-        before, self._accumulator = (
-            self._accumulator,
-            Accumulator(policy, self._tensors, self._names, shadow=self.config.dry_run),
+        before = self._accumulator
+        self._accumulator = Accumulator(
+            policy,
+            self._tensors,
+            self._names,
+            shadow=self.config.dry_run,
+            noise_smoothing=self.config.noise_smoothing,
         )
         if before is not None:  # other parameters are trainable now
-            self._accumulator.load_state_dict(before.state_dict())
-            self._accumulator.load_tensors(before.tensors())
+            self._accumulator.take_over(before)
 
     def _measure(self) -> Measurement:
         window = self._window

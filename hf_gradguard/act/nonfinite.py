@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+from hf_gradguard.act.checks import check_whole
 from hf_gradguard.act.registry import Registry
 
 Decision = Literal["observe", "skip", "stop"]
@@ -63,8 +64,7 @@ class Skip:
     consecutive: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
-        if self.max_consecutive < 1:
-            raise ValueError(f"max_consecutive={self.max_consecutive} must be at least 1")
+        check_whole(1, max_consecutive=self.max_consecutive)
 
     def decide(self, nonfinite: bool) -> Decision | None:
         self.consecutive = self.consecutive + 1 if nonfinite else 0

@@ -17,7 +17,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hf_gradguard.backends.dtensor import is_sharded, local_part
 from hf_gradguard.events import Event
 
 if TYPE_CHECKING:
@@ -43,15 +42,13 @@ def save_held(guard: GradGuard, checkpoint: Path, *, is_main: bool) -> None:
         is_main: whether this process writes what all processes have alike; shards are written by each.
     """
     held = guard.state_dict()["held"]
-    sharded = any(map(is_sharded, held.values()))
-    if not held or not checkpoint.is_dir() or not (is_main or sharded):
+    if not held or not checkpoint.is_dir() or not (is_main or guard.is_sharded):
         return
-    path = checkpoint / DIRECTORY / _file_name(sharded)
+    path = checkpoint / DIRECTORY / _file_name(guard.is_sharded)
     incomplete = path.with_suffix(".incomplete")
     try:
         path.parent.mkdir(exist_ok=True)
-        tensors = {name: local_part(tensor).detach().contiguous() for name, tensor in held.items()}
-        save_file(tensors, incomplete, metadata={_KEY: json.dumps(_identity(guard))})
+        save_file(held, incomplete, metadata={_KEY: json.dumps(_identity(guard))})
         os.replace(incomplete, path)
     except (OSError, SafetensorError) as error:
         message = (
@@ -69,7 +66,7 @@ def restore(guard: GradGuard, state: dict[str, Any], checkpoints: Sequence[Path]
         checkpoints: directories in one of which the held gradients may be.
     """
     wanted = state.get("held_in")
-    held = None if wanted is None else _find(wanted, checkpoints)
+    held = None if wanted is None else _find(wanted, checkpoints, sharded=guard.is_sharded)
     message = None
     try:
         guard.load_state_dict({**state, "held": held or {}})
@@ -86,10 +83,8 @@ def _identity(guard: GradGuard) -> dict[str, Any]:
     return {"run": guard.run_id, "step": guard.step_number}
 
 
-def _find(wanted: dict[str, Any], checkpoints: Sequence[Path]) -> dict[str, Tensor] | None:
-    for path in (
-        checkpoint / DIRECTORY / _file_name(sharded) for checkpoint in checkpoints for sharded in (False, True)
-    ):
+def _find(wanted: dict[str, Any], checkpoints: Sequence[Path], *, sharded: bool) -> dict[str, Tensor] | None:
+    for path in (checkpoint / DIRECTORY / _file_name(sharded) for checkpoint in checkpoints):
         try:
             with safe_open(path, framework="pt") as file:
                 if json.loads((file.metadata() or {}).get(_KEY, "null")) == wanted:

@@ -70,8 +70,9 @@ class NoiseScale:
     the start corrected for as Adam does, and the ratio is taken of the averages.
 
     Args:
-        smoothing: share of an average that stays from one update to the next, from 0 to below 1; 0.99 looks back on
-            about 100 updates.
+        smoothing: share of an average that stays from one update to the next, from 0 to below 1; 0.95 looks back on
+            about 20 updates. More is steadier where the noise scale is far above the batch; less forgets sooner what
+            the large gradients of the start, or of a spike, have told.
 
     Raises:
         ValueError: for another smoothing.
@@ -83,7 +84,7 @@ class NoiseScale:
         8.0
     """
 
-    def __init__(self, smoothing: float = 0.99) -> None:
+    def __init__(self, smoothing: float = 0.95) -> None:
         if not 0 <= smoothing < 1:
             raise ValueError(f"smoothing={smoothing!r} must be from 0 to below 1")
         self.smoothing = smoothing

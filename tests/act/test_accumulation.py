@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,18 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from hf_gradguard.act.accumulation import Accumulator, Fixed, NoiseScaleTarget, NormTest, NormThreshold, Ramp, Taken
+from hf_gradguard.act.accumulation import (
+    AccumulationPolicy,
+    Accumulator,
+    Choice,
+    Fixed,
+    Held,
+    NoiseScaleTarget,
+    NormTest,
+    NormThreshold,
+    Ramp,
+    Taken,
+)
 from hf_gradguard.observe.norms import NO_GRADIENT, Measurement
 from tests.counters import Counters
 from tests.models import language_data, make
@@ -205,6 +217,37 @@ def test_the_noise_scale_of_unequal_windows_is_the_same_for_mean_and_sum(reduce:
     assert taken.noise_scale == pytest.approx(36 * SIZE / float(mean @ mean), rel=0.05)
 
 
+@dataclass
+class Recorder(AccumulationPolicy):
+    """Updates with three windows, and keeps what it was shown."""
+
+    reduce: str
+    seen: list[Held] = field(default_factory=list)
+
+    def decide(self, held: Held) -> Choice:
+        self.seen.append(held)
+        return Choice(held.windows == 3, 0.0, 0.0)
+
+
+@pytest.mark.parametrize("reduce", ["mean", "sum"])
+def test_a_policy_is_shown_what_is_held_and_what_went_before(reduce: str) -> None:
+    loop = Loop(Recorder(reduce))
+    windows = list(random_windows(7, seed=2))
+    for gradient, weight in windows:
+        loop.window(gradient, weight)
+    for index, held in enumerate(loop.accumulator.policy.seen):  # type: ignore[attr-defined]
+        gradients, sizes = zip(*windows[index - index % 3 : index + 1], strict=True)
+        total = np.sum(gradients, axis=0)
+        mean = np.average(gradients, axis=0, weights=sizes) if reduce == "mean" else total / len(gradients)
+        assert (held.step, held.windows_seen, held.windows) == (index + 1, index + 1, len(gradients))
+        assert (held.weight, held.weight_seen) == (sum(sizes), sum(weight for _, weight in windows[: index + 1]))
+        assert held.window_norm == pytest.approx(np.linalg.norm(gradients[-1]), rel=1e-6)
+        assert held.mean_norm == pytest.approx(np.linalg.norm(mean), rel=1e-6)
+        assert held.norm == pytest.approx(np.linalg.norm(mean if reduce == "mean" else total), rel=1e-6)
+        assert math.isnan(held.variance) == (len(gradients) == 1)
+        assert math.isnan(held.noise_scale) == (index < 3)
+
+
 def test_parameters_without_a_gradient_in_a_window_count_as_zero_there() -> None:
     loop = Loop(Fixed(2))
     first, second = (gradient for gradient, _ in random_windows(2, seed=0))
@@ -306,6 +349,7 @@ def test_an_impossible_weight_is_refused(weight: float) -> None:
 
 POLICIES = [
     Fixed(3), NormThreshold(31.0), NormThreshold(100.0, reduce="sum"), NoiseScaleTarget(), NormTest(), Ramp(over=20),
+    Ramp(over=900, unit="tokens"),
 ]  # fmt: skip
 
 
@@ -343,14 +387,18 @@ def test_a_run_resumed_in_the_middle_of_a_deferral_is_bit_equal(policy: Any, sav
             np.testing.assert_equal(resumed.gradient(), loop.gradient())
 
 
-def test_a_state_whose_tensors_are_lost_can_go_on_without_them() -> None:
+@pytest.mark.parametrize("lost", ["tensors", "state"])
+def test_half_of_what_was_saved_is_as_good_as_nothing(lost: str) -> None:
     loop, resumed = Loop(Fixed(3)), Loop(Fixed(3))
     windows = [gradient for gradient, _ in random_windows(5, seed=6)]
     for gradient in windows[:2]:
         loop.window(gradient)
-    resumed.accumulator.load_state_dict(loop.accumulator.state_dict())
-    assert resumed.accumulator.discard() == 2
-    for gradient in windows[2:]:
-        taken = resumed.window(gradient)
-    assert taken.update
+    if lost == "tensors":
+        resumed.accumulator.load_state_dict(loop.accumulator.state_dict())
+        resumed.accumulator.load_tensors({})
+    else:
+        resumed.accumulator.load_tensors(loop.accumulator.tensors())
+    assert (resumed.accumulator.windows, resumed.accumulator.tensors()) == (0, {})
+    taken = [resumed.window(gradient) for gradient in windows[2:]]
+    assert [one.update for one in taken] == [False, False, True]
     np.testing.assert_allclose(resumed.gradient(), np.mean(windows[2:], axis=0), rtol=1e-5, atol=1e-6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -68,35 +69,36 @@ def alone() -> tuple[nn.Module, list[float]]:
     return model, norms
 
 
-def start(rank: int, store: str) -> None:
+def worker(rank: int, store: str, work: Callable[[int], None]) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS)
-
-
-def ddp_worker(rank: int, store: str) -> None:
-    start(rank, store)
     try:
-        model = make("gpt2").eval()
-        wrapped = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
-        norms = train(wrapped, accumulator_of(model), [parts[rank] for parts in batches()], processes=RANKS)
-        assert len(norms) == 2
-        wrapped(**batches()[0][rank]).loss.backward()
-        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-        storages = {gradient.untyped_storage().data_ptr() for gradient in gradients}
-        assert len(storages) < len(gradients), "these gradients are no views of buckets, so the test shows nothing"
-        expected, expected_norms = alone()
-        assert norms == pytest.approx(expected_norms, rel=1e-5)
-        for parameter, other in zip(model.parameters(), expected.parameters(), strict=True):
-            torch.testing.assert_close(parameter, other, rtol=1e-5, atol=1e-6)
-            copies = [torch.empty_like(parameter) for _ in range(RANKS)]
-            dist.all_gather(copies, parameter.detach())
-            assert torch.equal(*copies)
+        work(rank)
+        dist.barrier()  # none hangs up while the other still listens
     finally:
         dist.destroy_process_group()
 
 
+def ddp_trains_like_one_process(rank: int) -> None:
+    model = make("gpt2").eval()
+    wrapped = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+    norms = train(wrapped, accumulator_of(model), [parts[rank] for parts in batches()], processes=RANKS)
+    assert len(norms) == 2
+    wrapped(**batches()[0][rank]).loss.backward()
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    storages = {gradient.untyped_storage().data_ptr() for gradient in gradients}
+    assert len(storages) < len(gradients), "these gradients are no views of buckets, so the test shows nothing"
+    expected, expected_norms = alone()
+    assert norms == pytest.approx(expected_norms, rel=1e-5)
+    for parameter, other in zip(model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(parameter, other, rtol=1e-5, atol=1e-6)
+        copies = [torch.empty_like(parameter) for _ in range(RANKS)]
+        dist.all_gather(copies, parameter.detach())
+        assert torch.equal(*copies)
+
+
 def test_ddp_with_bucket_views_trains_like_one_process_on_the_joint_batch(tmp_path: Path) -> None:
-    mp.spawn(ddp_worker, args=(str(tmp_path / "store"),), nprocs=RANKS)
+    mp.spawn(worker, args=(str(tmp_path / "store"), ddp_trains_like_one_process), nprocs=RANKS)
 
 
 def shard(model: nn.Module) -> nn.Module:
@@ -109,18 +111,14 @@ def shard(model: nn.Module) -> nn.Module:
     return fully_shard(model, mesh=mesh)
 
 
-def fsdp_worker(rank: int, store: str) -> None:
-    start(rank, store)
-    try:
-        model = shard(make("gpt2").eval())
-        norms = train(model, accumulator_of(model), [parts[rank] for parts in batches()], processes=RANKS)
-        expected, expected_norms = alone()
-        assert norms == pytest.approx(expected_norms, rel=1e-5)
-        for parameter, other in zip(model.parameters(), expected.parameters(), strict=True):
-            torch.testing.assert_close(parameter.full_tensor(), other, rtol=1e-5, atol=1e-6)  # type: ignore[attr-defined]
-        resumes_to_the_same_bits(model, rank)
-    finally:
-        dist.destroy_process_group()
+def fsdp_trains_like_one_process(rank: int) -> None:
+    model = shard(make("gpt2").eval())
+    norms = train(model, accumulator_of(model), [parts[rank] for parts in batches()], processes=RANKS)
+    expected, expected_norms = alone()
+    assert norms == pytest.approx(expected_norms, rel=1e-5)
+    for parameter, other in zip(model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(parameter.full_tensor(), other, rtol=1e-5, atol=1e-6)  # type: ignore[attr-defined]
+    resumes_to_the_same_bits(model, rank)
 
 
 def resumes_to_the_same_bits(model: nn.Module, rank: int) -> None:
@@ -150,4 +148,4 @@ def resumes_to_the_same_bits(model: nn.Module, rank: int) -> None:
 
 
 def test_fsdp2_trains_like_one_process_on_the_joint_batch_and_resumes_to_the_same_bits(tmp_path: Path) -> None:
-    mp.spawn(fsdp_worker, args=(str(tmp_path / "store"),), nprocs=RANKS)
+    mp.spawn(worker, args=(str(tmp_path / "store"), fsdp_trains_like_one_process), nprocs=RANKS)

@@ -23,7 +23,7 @@ def test_text_and_object_are_the_same_policy(text: str, policy: object) -> None:
         ("skip:max=3", ["unknown option 'max'", "Known: max_consecutive"]),
         ("skip:max_consecutive", ["'max_consecutive' is not of the form key=value"]),
         ("skip:max_consecutive=many", ["max_consecutive='many' must be of type int"]),
-        ("skip:max_consecutive=0", ["max_consecutive=0 must be at least 1"]),
+        ("skip:max_consecutive=0", ["max_consecutive=0 must be a whole number of at least 1"]),
         ("stop:now=1", ["unknown option 'now'", "It takes no options"]),
     ],
 )

@@ -85,6 +85,12 @@ def test_fewer_than_two_windows_tell_nothing(weights: list[float]) -> None:
     assert all(math.isnan(value) for value in (noise.trace, noise.squared_gradient, noise.squared_error))
 
 
+@pytest.mark.parametrize("shares", [None, [1.0, 0.0, 1.0]])
+def test_a_window_that_holds_nothing_has_no_say(shares: list[float] | None) -> None:
+    noise = gradient_noise([5.0, 0.0, 5.0], [2.0, 9.0, 3.0], 1.5, shares)
+    assert noise == gradient_noise([5.0, 5.0], [2.0, 3.0], 1.5)
+
+
 def test_each_estimate_is_averaged_for_itself_and_corrected_for_the_start() -> None:
     random = np.random.default_rng(2)
     updates = [GradientNoise(*random.uniform(1, 9, size=3)) for _ in range(30)]

@@ -54,6 +54,7 @@ class Accumulator:
         parameters: the trainable parameters.
         names: of these parameters.
         shadow: only say what would be done: `.grad` is never touched.
+        noise_smoothing: of the noise scale, see `NoiseScale`.
     """
 
     def __init__(
@@ -63,13 +64,14 @@ class Accumulator:
         names: Sequence[str],
         *,
         shadow: bool = False,
+        noise_smoothing: float = 0.95,
     ) -> None:
         self.policy = policy
         self._parameters = parameters
         self._shadow = shadow
         self._sums = getattr(policy, "reduce", "mean") == "sum"
         self._buffer = HeldGradients(parameters, names)
-        self._noise = NoiseScale()
+        self._noise = NoiseScale(noise_smoothing)
         self._weights: list[float] = []  # of each window held
         self._squares: list[float] = []  # squared norm of each window held
         self._windows_seen = 0
@@ -146,8 +148,7 @@ class Accumulator:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores what `state_dict` gave. Where windows were held (`windows` says so), call `load_tensors` as well, or
-        `discard` if the tensors are lost."""
+        """Restores what `state_dict` gave; call `load_tensors` next, with nothing if the tensors are lost."""
         self._empty()
         self.policy.load_state_dict(state["policy"])
         self._noise.load_state_dict(state["noise_scale"])
@@ -157,12 +158,26 @@ class Accumulator:
         self._squares = [float(square) for square in state["squares"]]
 
     def tensors(self) -> dict[str, Tensor]:
-        """See `HeldGradients.tensors`."""
+        """The held gradients by name, for saving; see `HeldGradients.tensors`."""
         return self._buffer.tensors()
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """See `HeldGradients.load`."""
-        self._buffer.load(tensors)
+        """Restores what `tensors` gave, of the windows that `load_state_dict` told of. Tensors without windows are left
+        aside, and windows without tensors are dropped (`windows` is then 0): neither is of use without the other.
+
+        Raises:
+            ValueError: the tensors are of another model or of another number of processes.
+        """
+        if self.windows and tensors:
+            self._buffer.load(tensors)
+        else:
+            self._empty()
+
+    def take_over(self, other: Accumulator) -> None:
+        """Goes on where another one was, of the same model with other trainable parameters; what it held of those that
+        are frozen now is left out."""
+        self.load_state_dict(other.state_dict())
+        self.load_tensors(self._buffer.own(other.tensors()))
 
     def _add_window(self) -> None:
         """Adds the gradients of the window whose weight was noted last."""
@@ -174,7 +189,7 @@ class Accumulator:
         """What each window held is multiplied with in the buffer."""
         if self._sums:
             return [float(weight > 0) for weight in self._weights]
-        unit = next((weight for weight in self._weights if weight > 0), 1.0)
+        unit = self._weights[0] or 1.0
         return [weight / unit for weight in self._weights]
 
     def _mean_scale(self) -> float:

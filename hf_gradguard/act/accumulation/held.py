@@ -106,6 +106,13 @@ class HeldGradients:
                 found[name] = local_part(buffer).contiguous()
         return found
 
+    def own(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Those of some saved tensors that belong to these parameters."""
+        names = set(self._names)
+        return {
+            key: saved for key, saved in tensors.items() if key.removesuffix(_INDICES).removesuffix(_VALUES) in names
+        }
+
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Holds what `tensors` gave, and nothing else.

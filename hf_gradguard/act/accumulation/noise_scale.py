@@ -4,15 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hf_gradguard.act.accumulation.policy import (
-    AccumulationPolicy,
-    Choice,
-    Held,
-    check_above_zero,
-    check_order,
-    check_whole,
-    policies,
-)
+from hf_gradguard.act.accumulation.policy import AccumulationPolicy, Choice, Held, policies
+from hf_gradguard.act.checks import check_above_zero, check_order, check_whole
 
 
 @policies.register("noise_scale")

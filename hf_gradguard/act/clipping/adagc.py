@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hf_gradguard.act.checks import check_above_zero, check_whole
 from hf_gradguard.act.clipping.gradient import Gradient
-from hf_gradguard.act.clipping.policy import ClipPolicy, HostClip, Outcome, check_above_zero, check_whole, policies
+from hf_gradguard.act.clipping.policy import ClipPolicy, HostClip, Outcome, policies
 
 
 @policies.register("adagc")
@@ -50,7 +51,7 @@ class AdaGC(ClipPolicy):
         check_above_zero(lambda_abs=self.lambda_abs)
         if not 0 <= self.beta < 1:
             raise ValueError(f"beta={self.beta} must be from 0 to below 1")
-        check_whole(warmup_steps=self.warmup_steps)
+        check_whole(1, warmup_steps=self.warmup_steps)
 
     def clip(self, gradient: Gradient) -> HostClip | None:
         """See `ClipPolicy`."""

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from hf_gradguard.act.checks import check_above_zero
 from hf_gradguard.act.clipping.gradient import Gradient
-from hf_gradguard.act.clipping.policy import ClipPolicy, Outcome, check_above_zero, policies
+from hf_gradguard.act.clipping.policy import ClipPolicy, Outcome, policies
 from hf_gradguard.backends.dtensor import is_sharded
 from hf_gradguard.observe.norms import HostCopy
 

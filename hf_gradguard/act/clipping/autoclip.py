@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from hf_gradguard.act.checks import check_whole
 from hf_gradguard.act.clipping.gradient import Gradient
-from hf_gradguard.act.clipping.policy import ClipPolicy, HostClip, check_whole, policies
+from hf_gradguard.act.clipping.policy import ClipPolicy, HostClip, policies
 
 
 @policies.register("autoclip")
@@ -37,7 +38,7 @@ class AutoClip(ClipPolicy):
     def __post_init__(self) -> None:
         if not 0 <= self.percentile <= 100:
             raise ValueError(f"percentile={self.percentile} must be from 0 to 100")
-        check_whole(window=self.window)
+        check_whole(1, window=self.window)
         self.norms = deque(maxlen=self.window)
 
     def clip(self, gradient: Gradient) -> HostClip | None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from hf_gradguard.act.checks import check_above_zero
 from hf_gradguard.act.clipping.gradient import Gradient
-from hf_gradguard.act.clipping.policy import ClipPolicy, HostClip, check_above_zero, policies
+from hf_gradguard.act.clipping.policy import ClipPolicy, HostClip, policies
 
 EPSILON = 1e-6
 """torch divides by the norm plus this."""

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from hf_gradguard.act.checks import check_above_zero
 from hf_gradguard.act.clipping.global_norm import EPSILON
 from hf_gradguard.act.clipping.gradient import Gradient
-from hf_gradguard.act.clipping.policy import ClipPolicy, HostClip, Outcome, check_above_zero, policies
+from hf_gradguard.act.clipping.policy import ClipPolicy, HostClip, Outcome, policies
 from hf_gradguard.observe.norms import NO_GRADIENT
 
 

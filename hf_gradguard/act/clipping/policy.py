@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -111,17 +110,3 @@ class ClipPolicy(Protocol):
 
 
 policies: Registry[ClipPolicy] = Registry("clip", absent="trainer")
-
-
-def check_above_zero(**options: float) -> None:
-    """Raises ValueError for an option that is not a finite number above 0."""
-    for name, value in options.items():
-        if not 0 < value < math.inf:
-            raise ValueError(f"{name}={value} must be above 0 and finite")
-
-
-def check_whole(**options: int) -> None:
-    """Raises ValueError for an option that is not a whole number from 1."""
-    for name, value in options.items():
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}={value} must be a whole number from 1")

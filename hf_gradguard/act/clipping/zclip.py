@@ -6,8 +6,9 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from hf_gradguard.act.checks import check_above_zero, check_whole
 from hf_gradguard.act.clipping.gradient import Gradient
-from hf_gradguard.act.clipping.policy import ClipPolicy, HostClip, check_above_zero, check_whole, policies
+from hf_gradguard.act.clipping.policy import ClipPolicy, HostClip, policies
 
 # As the authors' package has it: kept off zero are the standard deviation and the norm that is divided by.
 _EPSILON = 1e-6
@@ -50,7 +51,7 @@ class ZClip(ClipPolicy):
         check_above_zero(z_thresh=self.z_thresh)
         if self.max_norm is not None:
             check_above_zero(max_norm=self.max_norm)
-        check_whole(warmup_steps=self.warmup_steps)
+        check_whole(1, warmup_steps=self.warmup_steps)
 
     def clip(self, gradient: Gradient) -> HostClip | None:
         """See `ClipPolicy`."""
