@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from hf_gradguard.act import accumulation, clipping, nonfinite
-from hf_gradguard.act.registry import Registry, nearest
 from hf_gradguard.judge import Thresholds
+from hf_gradguard.registry import Registry, nearest
 
 
 @dataclass(frozen=True)

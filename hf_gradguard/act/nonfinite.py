@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from hf_gradguard.act.checks import check_whole
-from hf_gradguard.act.registry import Registry
+from hf_gradguard.registry import Registry
 
 Decision = Literal["observe", "skip", "stop"]
 

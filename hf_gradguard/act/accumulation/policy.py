@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from hf_gradguard.act.registry import Registry
+from hf_gradguard.registry import Registry
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_gradguard.act.clipping.gradient import Gradient
-from hf_gradguard.act.registry import Registry
 from hf_gradguard.backends.dtensor import local_part
+from hf_gradguard.registry import Registry
 
 
 @dataclass(frozen=True)

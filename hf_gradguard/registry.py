@@ -17,7 +17,8 @@ class Registry(Generic[P]):
 
     Args:
         kind: what the policies are for, as the configuration calls it.
-        absent: the name that stands for having no policy at all, if there is one.
+        absent: the name that stands for having none at all, if there is one.
+        noun: what one of them is called in messages.
 
     Example:
         >>> rules: Registry[object] = Registry("nonfinite")
@@ -29,9 +30,10 @@ class Registry(Generic[P]):
         Skip(max_consecutive=5)
     """
 
-    def __init__(self, kind: str, absent: str | None = None) -> None:
+    def __init__(self, kind: str, absent: str | None = None, noun: str = "policy") -> None:
         self.kind = kind
         self.absent = absent
+        self._noun = noun
         self._policies: dict[str, type] = {}
 
     def register(self, name: str) -> Callable[[C], C]:
@@ -65,11 +67,11 @@ class Registry(Generic[P]):
         """
         if not isinstance(spec, str):
             if type(spec) not in self._policies.values():
-                raise ValueError(f"{self.kind}={spec!r} is no {self.kind} policy. {self._known()}")
+                raise ValueError(f"{self.kind}={spec!r} is no {self.kind} {self._noun}. {self._known()}")
             return spec
         name, _, options = spec.strip().partition(":")
         if name not in self._policies:
-            raise ValueError(f"unknown {self.kind} policy {name!r}{nearest(name, self.names())}. {self._known()}")
+            raise ValueError(f"unknown {self.kind} {self._noun} {name!r}{nearest(name, self.names())}. {self._known()}")
         try:
             return self._policies[name](**_values(self._policies[name], name, options))  # type: ignore[no-any-return]
         except ValueError as error:
