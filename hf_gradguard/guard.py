@@ -8,7 +8,7 @@ import uuid
 import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from hf_gradguard.act import accumulation, clipping, nonfinite, sentences
-from hf_gradguard.act.accumulation import Accumulator, Taken
-from hf_gradguard.act.nonfinite import Decision, drop_gradients
+from hf_gradguard.act import clipping, sentences
+from hf_gradguard.act.accumulation import Accumulator
+from hf_gradguard.act.nonfinite import drop_gradients
+from hf_gradguard.act.policies import Policies
 from hf_gradguard.backends.dtensor import is_sharded
 from hf_gradguard.config import GradGuardConfig
 from hf_gradguard.events import ROUTINE, Event
@@ -37,43 +38,12 @@ from hf_gradguard.observe.structure import read_layout
 from hf_gradguard.observe.weights import WeightProbe, WeightReading
 from hf_gradguard.record.facts import run_facts
 from hf_gradguard.record.writer import AccumulationRow, RecordWriter, Window
+from hf_gradguard.window import WindowUnderWay
 
 logger = logging.getLogger(__name__)
 
 _REQUIRES_GRAD = attrgetter("requires_grad")
 _COUNTS = ("windows", "updates", "skipped", "clipped", "deferred")
-
-
-@dataclass
-class _Window:
-    """What is known so far of the window under way."""
-
-    micro_batches: int = 0
-    loss: Tensor | None = None
-    loss_copy: HostCopy | None = None
-    weights: list[Tensor | float | None] = field(default_factory=list)
-    weight_copy: HostCopy | None = None
-    partial: list[Measurement] = field(default_factory=list)
-    """Of the gradients as they were after each micro-batch but the last."""
-    measurement: Measurement | None = None
-    is_final: bool = False
-    """Whether the measurement is that of the gradients which the optimizer is to use."""
-    reading: Reading | None = None
-    decision: Decision | None = None
-    has_acted: bool = False
-    taken: Taken | None = None
-    makes_update: bool = True
-    """Whether the optimizer finds a gradient to step with."""
-    total_norm: float | None = None
-    """Of that gradient, before clipping."""
-    clip: clipping.Clip | None = None
-    has_clipped: bool = False
-    """Whether the Trainer's own clipping has been called."""
-    max_norm: float | None = None
-    """The limit of the Trainer's own clipping, where that is in use."""
-    coefficient: float | None = None
-    probe: WeightProbe | None = None
-    updated: bool = True
 
 
 class GradGuard:
@@ -145,9 +115,8 @@ class GradGuard:
         self._accelerator = accelerator
         self._lr_scheduler = lr_scheduler
         self._max_steps = max_steps
-        self._nonfinite = nonfinite.policies.parse(self.config.nonfinite)
-        self._clip = clipping.policies.parse_optional(self.config.clip)
-        self._accumulator: Accumulator | None = None
+        kind = getattr(accelerator, "distributed_type", "")
+        self._policies = Policies(self.config, str(getattr(kind, "value", kind)))
         self._replays = Replays(model, budget=int(self.config.replay and self._processes == 1))
         self._forward_passes = ForwardPasses(model, self) if watch_forward else None
         self._batch_size: float | None = None
@@ -157,9 +126,8 @@ class GradGuard:
         self._started = time.monotonic()
         self._record: RecordWriter | None = None
         self._is_open = True
-        self._window = _Window()
+        self._window = WindowUnderWay()
         self._said: set[str] = set()
-        self._refuse_what_the_backend_cannot()
         self._read_layout()
 
     # One window, from the first forward pass to the optimizer's step
@@ -201,7 +169,7 @@ class GradGuard:
         if loss is not None:
             loss = loss.detach()
             window.loss = loss if window.loss is None else window.loss + loss
-        if self._accumulator is not None:
+        if self._policies.accumulator is not None:
             window.weights.append(weight)
         if not complete and not self._has_scaler and not self._is_sharded:
             window.partial.append(Measurement(self._tensors))
@@ -242,7 +210,7 @@ class GradGuard:
             return clipping.trainers_own(parameters, max_norm, None, stock, measurement.stock_total)
         self._act()
         total_norm = self._read().total_norm if window.total_norm is None else window.total_norm
-        if self._replaces_clip:
+        if self._policies.replaces_clip:
             return torch.tensor(total_norm)
         if not window.makes_update:
             if needs_stock:
@@ -293,7 +261,7 @@ class GradGuard:
             self._write_rows(self._record, reading, measured)
         if not reading.nonfinite and (window.updated or window.taken is not None):
             self._pass_judgement(reading, measured)
-        self._window = _Window()
+        self._window = WindowUnderWay()
         self._replays.forget()
 
     @property
@@ -331,16 +299,16 @@ class GradGuard:
     def update(self) -> bool:
         """Makes the update that a policy still holds back, at the end of your own loop: returns whether there was one.
         (In a Trainer, the window that ends training does this by itself.)"""
-        taken = None if self._accumulator is None or self.config.dry_run else self._accumulator.finish()
+        taken = self._policies.finish()
         if taken is None:
             return False
         self._window.taken = taken
-        self._clip_by_policy(taken.norms)
+        self._clip(taken.norms)
         self._optimizer.step()
         self._optimizer.zero_grad()
         self.updates += 1
         self._account_for_clipping()
-        self._window = _Window()
+        self._window = WindowUnderWay()
         message = f"the update with the {taken.windows} windows that were held back was made at the end"
         self.say(Event("notice", self.step_number, value=taken.norm, message=message))
         return True
@@ -362,14 +330,15 @@ class GradGuard:
         ratio = depth_ratio(norms)
         if ratio is not None:
             found["gradguard/depth_ratio"] = ratio
-        for name in _COUNTS if self._accumulator is not None else _COUNTS[:-1]:
+        accumulator = self._policies.accumulator
+        for name in _COUNTS[:-1] if accumulator is None else _COUNTS:
             found[f"gradguard/{name}"] = getattr(self, name)
-        if self._accumulator is not None:
+        if accumulator is not None:
             found["gradguard/accumulated_norm"] = reading.accumulated_norm
             if self._batch_size is not None:
                 found["gradguard/batch_size"] = self._batch_size
-            if not np.isnan(self._accumulator.noise_scale):
-                found["gradguard/noise_scale"] = self._accumulator.noise_scale
+            if not np.isnan(accumulator.noise_scale):
+                found["gradguard/noise_scale"] = accumulator.noise_scale
         if self.config.log_layers:
             found |= {f"gradguard/layer_{index:03d}/grad_norm": norm for index, norm in enumerate(norms)}
         return found
@@ -419,29 +388,28 @@ class GradGuard:
         if self._forward_passes is not None:
             self._forward_passes.remove()
         self._replays.end()
-        if self._accumulator is not None and (held := self._accumulator.discard()) and not self.config.dry_run:
+        if held := self._policies.discard():
             self.say(sentences.discarded(self.step_number, held))
         if self._record is not None:
             self._record.close("stopped" if self.should_stop and status == "finished" else status, message)
         # What was seen can be looked at for as long as one likes; what was trained need not stay in memory for that.
-        self._model = self._optimizer = self._accelerator = self._lr_scheduler = self._accumulator = None
+        self._model = self._optimizer = self._accelerator = self._lr_scheduler = self._policies.accumulator = None
         self._tensors.clear()
         self._everything.clear()
-        self._window = _Window()
+        self._window = WindowUnderWay()
 
     def state_dict(self) -> dict[str, Any]:
         """What has to be saved with a checkpoint: JSON values, but for `held`, the held gradients by parameter name.
 
         It fits `accelerator.register_for_checkpointing(guard)`.
         """
-        accumulator = self._accumulator
         return {
             "judge": self._judge.state_dict(),
-            "policies": {name: {"policy": text, "state": state} for name, text, state in self._policy_states()},
+            "policies": self._policies.state_dict(),
             "counts": {name: getattr(self, name) for name in _COUNTS},
             "step": self.step_number,
             "batch_size": self._batch_size,
-            "held": {} if accumulator is None else accumulator.tensors(),
+            "held": self._policies.tensors(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -457,21 +425,8 @@ class GradGuard:
         self.step_number = int(state["step"])
         if self._record is not None:
             self._record.start_at(self.step_number)
-        for name, policy in self._policies().items():
-            saved = state["policies"].get(name)
-            if saved is not None and _name(saved["policy"]) == _name(getattr(self.config, name)):
-                policy.load_state_dict(saved["state"])
-        if self._accumulator is not None:
-            self._accumulator.load_tensors(state.get("held", {}))
+        self._policies.load_state_dict(state["policies"], state.get("held", {}))
         self._judge.load_state_dict(state["judge"])
-
-    def _policies(self) -> dict[str, Any]:
-        """What has a state of its own, by the name of its option."""
-        policies = {"nonfinite": self._nonfinite, "clip": self._clip, "accumulate": self._accumulator}
-        return {name: policy for name, policy in policies.items() if policy is not None}
-
-    def _policy_states(self) -> list[tuple[str, str, dict[str, Any]]]:
-        return [(name, getattr(self.config, name), policy.state_dict()) for name, policy in self._policies().items()]
 
     # Observe
 
@@ -485,7 +440,7 @@ class GradGuard:
         self._trainable = list(map(_REQUIRES_GRAD, self._everything))
         self._on_gpu = any(parameter.is_cuda for parameter in self._tensors)
         self._is_sharded = any(map(is_sharded, self._tensors))
-        self._set_up_policies()
+        self._policies.fit(self._model, self.layout, self._tensors, self._others)
         self._judge = Judge(stacks_of(self.layout), self.config.thresholds)
         self._open_record()
 
@@ -512,42 +467,6 @@ class GradGuard:
             self.say(Event("warning", self.step_number, message=f"training goes on unrecorded: {error}"))
             return
         weakref.finalize(self, self._record.flush)  # a loop that never calls `close` loses nothing either
-
-    def _refuse_what_the_backend_cannot(self) -> None:
-        kind = str(getattr(getattr(self._accelerator, "distributed_type", None), "value", ""))
-        if kind == "DEEPSPEED" and (self._clip is not None or self.config.accumulates):
-            raise ValueError(
-                f"clip={self.config.clip!r}, accumulate={self.config.accumulate!r}: DeepSpeed clips and steps in the "
-                "backward pass of its engine, where no policy can come between; set gradient_clipping and "
-                "gradient_accumulation_steps in its own configuration and leave clip='trainer', accumulate='none' here"
-            )
-
-    def _set_up_policies(self) -> None:
-        self._names = [info.name for info in self.layout.parameters]
-        self._groups = np.array([info.group for info in self.layout.parameters])
-        if self._clip is not None:
-            self._units = clipping.read_units(self._model, self.layout, self._tensors)
-            if reason := self._clip.refuse(self._tensors):
-                raise ValueError(f"clip={self.config.clip!r} can't work here: {reason}")
-        policy = accumulation.policies.parse_optional(self.config.accumulate)
-        if policy is None:
-            return
-        if self._others:
-            raise ValueError(
-                f"accumulate={self.config.accumulate!r} can't hold back what the optimizer steps besides the model: "
-                f"{len(self._others)} of its parameters are not among those of {type(self._model).__name__}; give them "
-                "an optimizer of their own"
-            )
-        before = self._accumulator
-        self._accumulator = Accumulator(
-            policy,
-            self._tensors,
-            self._names,
-            shadow=self.config.dry_run,
-            noise_smoothing=self.config.noise_smoothing,
-        )
-        if before is not None:  # other parameters are trainable now
-            self._accumulator.take_over(before)
 
     def _measure(self) -> Measurement:
         window = self._window
@@ -602,14 +521,9 @@ class GradGuard:
         return int(getattr(self._accelerator, "num_processes", 1))
 
     @property
-    def _replaces_clip(self) -> bool:
-        """Whether a rule of ours clips in place of the Trainer."""
-        return self._clip is not None and not self.config.dry_run
-
-    @property
     def _reads_late(self) -> bool:
         """Whether the norms are looked at only after the optimizer's step: a scaler skips by itself and waits there."""
-        return self._on_gpu and self._has_scaler and self._clip is None and self._accumulator is None
+        return self._on_gpu and self._has_scaler and not self._policies.acts_before_step
 
     @property
     def _others(self) -> list[nn.Parameter]:
@@ -632,7 +546,7 @@ class GradGuard:
     # Judge and act
 
     def _decide(self, reading: Reading) -> None:
-        decision = self._nonfinite.decide(bool(reading.nonfinite))
+        decision = self._policies.nonfinite.decide(bool(reading.nonfinite))
         if decision == "skip" and self._has_scaler:
             # The scaler looks for its scale by overflowing: it skips the update by itself, and that is no alarm.
             return
@@ -657,14 +571,14 @@ class GradGuard:
         window.has_acted = True
         if not window.makes_update:
             drop_gradients([*self._everything, *self._others])
-        if self._accumulator is not None:
-            self._accumulate(reading, self._accumulator)
+        if self._policies.accumulator is not None:
+            self._accumulate(reading, self._policies.accumulator)
         taken = window.taken
         norms = reading.parameter_norms if taken is None else taken.norms
         is_replaced = taken is not None and taken.gradient_was_replaced
         window.total_norm = _total(norms) if is_replaced else reading.total_norm
         if window.makes_update and np.all(np.isfinite(norms)) and (taken is None or taken.update):
-            self._clip_by_policy(norms)
+            self._clip(norms)
 
     def _accumulate(self, reading: Reading, accumulator: Accumulator) -> None:
         window = self._window
@@ -695,16 +609,10 @@ class GradGuard:
         total = self._accelerator.reduce(torch.tensor(weight, dtype=torch.float64, device=device), "sum")
         return float(total)
 
-    def _clip_by_policy(self, norms: NDArray[np.float64]) -> None:
-        if self._clip is None:
-            return
-        gradient = clipping.Gradient(self._tensors, self._names, self._groups, norms, self._units)
-        self._window.clip = clip = self._clip.clip(gradient)
-        if self.config.dry_run:
-            return
-        self._window.coefficient = 1.0
-        if clip is not None:
-            clip.apply(gradient)
+    def _clip(self, norms: NDArray[np.float64]) -> None:
+        self._window.clip = self._policies.clip_gradient(norms)
+        if self._policies.replaces_clip:
+            self._window.coefficient = 1.0
 
     def _account_for_clipping(self) -> None:
         """Counts a clip of the window under way, and says what a rule of ours did."""
@@ -809,7 +717,3 @@ def _sum_on_its_way(weights: Sequence[Tensor | float | None]) -> HostCopy | None
         return None
     total: Any = sum(weights)
     return HostCopy(torch.as_tensor(total).detach().double())
-
-
-def _name(policy: str) -> str:
-    return policy.partition(":")[0]
