@@ -320,6 +320,8 @@ class _Call:
     parent: _Call | None
     inputs: list[_Range]
     births_before: int
+    is_second: bool
+    """Whether it was made in the backward pass, for a layer that is checkpointed."""
     last_child: str | None = None
     sources: set[_Birth] = field(default_factory=set)
     """Of what is bad among all that its code has at hand."""
@@ -452,8 +454,8 @@ class _Tracer:
             return birth.origin, birth.call
         name, found = bad[-1]
         message = (
-            f"the gradient of {name} holds {_what([found])} after the backward pass, {found}, though no module's "
-            "backward pass gave any: a hook of the parameter, code outside of the modules or another process did"
+            f"the gradient of {name} holds {_what([found])} after the backward pass, though no module's backward pass "
+            f"made any (a hook of the parameter, code outside of the modules or another process did): {found}"
         )
         return Origin("backward", name.rpartition(".")[0], message), None
 
@@ -466,7 +468,7 @@ class _Tracer:
         given = _arguments(module, args, kwargs)
         parent = self._stack[-1] if self._stack else self._nearest_call(name) if self._in_backward else None
         inputs = _measured(given)
-        call = _Call(module, name, parent, [found for _, found in inputs], len(self._births))
+        call = _Call(module, name, parent, [found for _, found in inputs], len(self._births), self._in_backward)
         self._stack.append(call)
         self._calls[name] = call
         self._claim(given, _Place(parent, "" if parent is None else parent.own_code(before=name)))
@@ -510,8 +512,9 @@ class _Tracer:
         if not call.sources:
             ranges = [found for _, found in bad]
             if parent is None:
-                holds = f"{call.who} was given {_what(ranges)} by the data: {', '.join(map(str, ranges))}"
-                birth = _Birth(Origin("forward", call.name, holds), call)
+                given = f"{call.who} was given {_what(ranges)}: {', '.join(map(str, ranges))}"
+                source = "it came with the data, or from code before the model"
+                birth = _Birth(Origin("forward", call.name, f"{given}; {source}"), call)
             else:
                 birth = self._made_by(parent, ranges, before=call.name)
             call.known = {birth}
@@ -556,7 +559,9 @@ class _Tracer:
         ranges = (_measure(name, weight) for name, weight in weights)
         weight = next((found for found in ranges if found is not None and not found.is_finite), None)
         if weight is not None:
-            return birth(Origin("forward", call.name, f"{produced}, as its parameter {weight.name} holds it: {weight}"))
+            return birth(
+                Origin("forward", call.name, f"{produced}, as its parameter {weight.name} is {_listed([weight])}")
+            )
         if call.parent is None and before is None and all(map(_is_loss, bad)):
             return birth(Origin("forward", call.name, self._bad_loss(call, bad)))
         made = f" ({', '.join(map(str, bad))})" if call.own_code(before) else ""
@@ -591,12 +596,13 @@ class _Tracer:
 
     def _arrives(self, node: Node, gradients: Sequence[Tensor | None]) -> None:
         self._in_backward = self._saw_gradient = True
-        bad = _bad_gradients(gradients)
+        bad, leaf = _bad_gradients(gradients), _leaf_of(node)
         if not bad:
             return
         if node not in self._blame:
+            if leaf is not None and not isinstance(leaf, nn.Parameter):
+                return  # the input of a checkpointed layer: what the layer gives back will be seen there
             self._blame[node] = self._new_gradient_birth(self._arrived(node, bad))
-        leaf = _leaf_of(node)
         if leaf is not None:
             self._culprits.append(self._blame[node])
             self._hit_parameter |= isinstance(leaf, nn.Parameter)
@@ -640,19 +646,18 @@ class _Tracer:
         if name is not None:
             message = f"the gradient of {name} became {what} in the backward pass {where}: {_listed(bad)}"
             return _Birth(Origin("backward", name.rpartition(".")[0], message), call)
-        outside = None if call is None else call.parent
-        if call is None or (outside is None and not is_sum):
+        if call is not None and is_sum:
+            message = f"{call.who} produced {what} in the backward pass, in the gradient of its output, {where}"
+            return _Birth(Origin("backward", call.name, f"{message}: {_listed(bad)}"), call)
+        if call is None or call.parent is None or not call.is_second:  # all that leads to the outputs is watched
             message = (
                 f"the gradient that the model was given in the backward pass was {what} already: the loss, outside of "
                 f"the model, produced it: {_listed(bad)}"
             )
             return _Birth(Origin("backward", None, message), None)
-        if is_sum or outside is None:
-            message = f"{call.who} produced {what} in the backward pass, in the gradient of its output, {where}"
-            return _Birth(Origin("backward", call.name, f"{message}: {_listed(bad)}"), call)
-        after = replace(outside, last_child=call.name)
-        message = f"{outside.who} produced {what} in the backward pass{after.own_code()}: {_listed(bad)}"
-        return _Birth(Origin("backward", outside.name, message), outside)
+        layer = replace(call.parent, last_child=call.name)
+        message = f"{layer.who} produced {what} in the backward pass{layer.own_code()}: {_listed(bad)}"
+        return _Birth(Origin("backward", layer.name, message), layer)
 
 
 def _clean(name: str) -> str:
