@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Gate(Protocol):
@@ -38,3 +38,14 @@ class Scaling(Protocol):
 
 Rule = Gate | Scaling
 """Either of the two; a module whose class has a method `scale` counts as a scaling."""
+
+
+@runtime_checkable
+class NormAdjusting(Protocol):
+    """What a rule has, beside the above, that changes the norm its addition goes into, in a post-norm model."""
+
+    def enter(self, norm: nn.Module) -> None:
+        """Changes the norm, when the rule has been put on a model."""
+
+    def leave(self, norm: nn.Module) -> None:
+        """Gives the norm back as it was, before the rule is taken away."""
