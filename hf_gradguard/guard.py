@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from hf_gradguard.act import clipping, sentences
-from hf_gradguard.act.accumulation import Accumulator
+from hf_gradguard.act.accumulation import Accumulator, Taken
 from hf_gradguard.act.nonfinite import drop_gradients
 from hf_gradguard.act.policies import Policies
 from hf_gradguard.backends.dtensor import is_sharded
@@ -55,7 +55,8 @@ class GradGuard:
     Args:
         model: the model, wrapped or not.
         optimizer: what steps it; needed for `step`.
-        config: what to do; by default everything is watched and updates with a NaN or an infinity are skipped.
+        config: what to do, as an object or as a mapping of its fields; by default everything is watched and updates
+            with a NaN or an infinity are skipped.
         accelerator: of your loop, if it has one: accumulation and unscaling of fp16 go by it.
         lr_scheduler: stepped by `step`, once a window or once an update as `config.lr_schedule` says.
         output_dir: the record goes to `gradguard/` in it; by default the accelerator's project directory, else the
@@ -86,7 +87,7 @@ class GradGuard:
         self,
         model: nn.Module,
         optimizer: Any = None,
-        config: GradGuardConfig | None = None,
+        config: GradGuardConfig | dict[str, Any] | None = None,
         *,
         accelerator: Any = None,
         lr_scheduler: Any = None,
@@ -97,7 +98,7 @@ class GradGuard:
         is_main: bool | None = None,
         watch_forward: bool = True,
     ) -> None:
-        self.config = config or GradGuardConfig()
+        self.config = GradGuardConfig.from_dict(config) if isinstance(config, dict) else config or GradGuardConfig()
         self.layout: Layout
         self.reading: Reading | None = None
         self.events: list[Event] = []
@@ -173,6 +174,8 @@ class GradGuard:
             window.weights.append(weight)
         if not complete and not self._has_scaler and not self._is_sharded:
             window.partial.append(Measurement(self._tensors))
+            if not self._on_gpu:
+                window.partial[-1].norms()  # while the gradients are those of this micro-batch
         if complete and self._on_gpu and not self._has_scaler:
             # Queued here, the norms reach the host with the Trainer's own wait for the loss. Under a scaler they are
             # final only after it has unscaled them.
@@ -234,6 +237,24 @@ class GradGuard:
         if window.makes_update and self._wants_weights():
             window.probe = WeightProbe(self._tensors, through_fp16=self._has_scaler)
 
+    def make_step(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Calls the optimizer's step. In a window without an update it finds no parameters: merely without gradients,
+        some optimizers would still count a step.
+
+        Args:
+            step: the optimizer's; args and kwargs are passed on to it.
+        """
+        window = self._window
+        if window.bypasses_scaler:
+            _inner(self._optimizer).step()
+        if window.makes_update and not window.bypasses_scaler:
+            return step(*args, **kwargs)
+        groups, self._optimizer.param_groups = self._optimizer.param_groups, []
+        try:
+            return step(*args, **kwargs)
+        finally:
+            self._optimizer.param_groups = groups
+
     def after_step(self, *, updated: bool = True) -> None:
         """To be called after the optimizer's step.
 
@@ -243,7 +264,7 @@ class GradGuard:
         window = self._window
         # The fused AdamW reports no skip: it is called all the same, and told of the infinity.
         skipped_by_scaler = self._has_scaler and bool(self._read().nonfinite)
-        window.updated = updated and not skipped_by_scaler and window.makes_update
+        window.updated = window.bypasses_scaler or (updated and not skipped_by_scaler and window.makes_update)
         if window.probe is not None and window.updated:
             self.weights = window.probe.finish()
 
@@ -280,6 +301,8 @@ class GradGuard:
                 back are weighted; without it every micro-batch counts the same.
         """
         accelerator = self._accelerator
+        if not self._is_open:
+            raise ValueError("the guard is closed: make a new GradGuard for a further training")
         if self._optimizer is None:
             raise ValueError("guard.step needs the optimizer: GradGuard(model, optimizer, ...)")
         complete = accelerator is None or accelerator.sync_gradients
@@ -289,7 +312,7 @@ class GradGuard:
         if not complete:
             return
         self.before_step()
-        self._optimizer.step()
+        self.make_step(self._optimizer.step)
         self.after_step(updated=not getattr(self._optimizer, "step_was_skipped", False))
         if self._lr_scheduler is not None and not self.schedule_waits:
             self._lr_scheduler.step()
@@ -304,8 +327,9 @@ class GradGuard:
             return False
         self._window.taken = taken
         self._clip(taken.norms)
-        self._optimizer.step()
-        self._optimizer.zero_grad()
+        # Not through Accelerate, whose step does nothing in the middle of a window, and whose scaler would unscale again.
+        _inner(self._optimizer).step()
+        _inner(self._optimizer).zero_grad()
         self.updates += 1
         self._account_for_clipping()
         self._window = WindowUnderWay()
@@ -354,7 +378,7 @@ class GradGuard:
             self._record.event(event)
         if self._is_main:
             level = logging.DEBUG if is_repetition else logging.WARNING if is_news else logging.INFO
-            logger.log(level, "GradGuard, update %d: %s: %s", event.step, event.kind, event.message)
+            logger.log(level, "GradGuard, window %d: %s: %s", event.step, event.kind, event.message)
 
     def summary(self) -> str:
         """What came of the run, in a few lines for people."""
@@ -546,7 +570,8 @@ class GradGuard:
     # Judge and act
 
     def _decide(self, reading: Reading) -> None:
-        decision = self._policies.nonfinite.decide(bool(reading.nonfinite))
+        policy = self._policies.overflow if self._has_scaler else self._policies.nonfinite
+        decision = policy.decide(bool(reading.nonfinite))
         if decision == "skip" and self._has_scaler:
             # The scaler looks for its scale by overflowing: it skips the update by itself, and that is no alarm.
             return
@@ -557,7 +582,9 @@ class GradGuard:
         self._window.makes_update = self._window.decision == "observe"
         self.skipped += not self._window.makes_update
         self.should_stop |= self._window.decision == "stop"
-        self.say(sentences.nonfinite(reading.step, fault, decision, dry_run=self.config.dry_run))
+        accumulator = self._policies.accumulator
+        held = 0 if accumulator is None else accumulator.windows
+        self.say(sentences.nonfinite(reading.step, fault, decision, held, dry_run=self.config.dry_run))
         if self.config.save_batch and fault.micro_batch is not None:
             self._save_batch(reading.step, fault)
         if self._window.decision == "stop":
@@ -584,25 +611,43 @@ class GradGuard:
         window = self._window
         is_final = self._max_steps is not None and reading.step >= self._max_steps
         if reading.nonfinite:
-            if window.makes_update or not is_final:  # the scaler skips by itself; a dry run leaves all to the Trainer
+            if not is_final or self.config.dry_run:
                 return
             # A bad window costs itself only: what was held before it is still to be used.
             window.taken = accumulator.finish()
             window.makes_update = window.taken is not None
+            window.bypasses_scaler = window.makes_update and self._has_scaler
             return
         weight = self._window_weight()
         window.taken = taken = accumulator.take(reading.parameter_norms, weight, step=reading.step, final=is_final)
         window.reading = self.reading = replace(reading, accumulated_norm=taken.norm)
         if taken.update:
+            self._check_overflow(taken)
             return
         window.makes_update = self.config.dry_run
         self.deferred += not window.makes_update
         self.say(sentences.deferred(reading.step, taken, dry_run=self.config.dry_run))
 
+    def _check_overflow(self, taken: Taken) -> None:
+        """Drops an accumulated gradient that the weights' own dtype can't hold, though every window's was finite."""
+        half = any(parameter.dtype == torch.float16 for parameter in self._tensors)
+        norms = Measurement(self._tensors).norms() if half and taken.gradient_was_replaced else taken.norms
+        if np.all(np.isfinite(norms)) or self.config.dry_run:
+            return
+        self._window.makes_update = False
+        self.skipped += 1
+        drop_gradients(self._everything)
+        message = (
+            f"the gradient of {taken.windows} windows together is too large for the dtype of the weights: it is "
+            "dropped; use reduce=mean, or hold back fewer windows"
+        )
+        self.say(Event("discarded", self.step_number + 1, value=taken.norm, action="discard", message=message))
+
     def _window_weight(self) -> float:
         """Target tokens of the window on all processes; its micro-batches where they were not counted."""
         copy, window = self._window.weight_copy, self._window
-        weight = float(window.micro_batches) if copy is None else float(copy.values())
+        # Whoever calls loss.backward() by himself tells of no micro-batch: then a window counts one.
+        weight = float(max(window.micro_batches, 1)) if copy is None else float(copy.values())
         if self._processes == 1:
             return weight
         device = self._accelerator.device
@@ -634,8 +679,8 @@ class GradGuard:
         try:
             origin.save(fault.replayed, path)
             message = f"its inputs were written to {path}"
-        except OSError as error:
-            message = f"its inputs can't be written to {path} ({error})"
+        except Exception as error:  # a disk that is full, a kind of tensor that the format does not know
+            message = f"its inputs can't be written to {path} ({type(error).__name__}: {error})"
         self.say(Event("notice", step, micro_batch=fault.micro_batch, message=message))
 
     def _pass_judgement(self, reading: Reading, measured: WeightReading | None) -> None:
@@ -709,6 +754,11 @@ def depth_ratio(norms: Sequence[float]) -> float | None:
 def _total(norms: NDArray[np.float64]) -> float:
     """L2 norm of all gradients together."""
     return float(np.sqrt(np.sum(np.square(np.where(norms == NO_GRADIENT, 0.0, norms)))))
+
+
+def _inner(optimizer: Any) -> Any:
+    """The optimizer that Accelerate has wrapped, or the very one."""
+    return getattr(optimizer, "optimizer", optimizer)
 
 
 def _sum_on_its_way(weights: Sequence[Tensor | float | None]) -> HostCopy | None:

@@ -40,6 +40,8 @@ class Registry(Generic[P]):
         """Class decorator that makes a dataclass known under a name."""
 
         def add(policy: C) -> C:
+            if not dataclasses.is_dataclass(policy):
+                raise TypeError(f"{policy.__name__} must be a dataclass: write @dataclass below @register({name!r})")
             self._policies[name] = policy
             return policy
 
@@ -70,6 +72,8 @@ class Registry(Generic[P]):
                 raise ValueError(f"{self.kind}={spec!r} is no {self.kind} {self._noun}. {self._known()}")
             return spec
         name, _, options = spec.strip().partition(":")
+        if name == self.absent:
+            raise ValueError(f"{self.kind}={spec!r}: {name!r} takes no options")
         if name not in self._policies:
             raise ValueError(f"unknown {self.kind} {self._noun} {name!r}{nearest(name, self.names())}. {self._known()}")
         try:

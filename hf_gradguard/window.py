@@ -35,6 +35,8 @@ class WindowUnderWay:
     taken: Taken | None = None
     makes_update: bool = True
     """Whether the optimizer finds a gradient to step with."""
+    bypasses_scaler: bool = False
+    """Whether the update is of earlier windows, in one that overflowed, which the scaler would skip."""
     total_norm: float | None = None
     """Of that gradient, before clipping."""
     clip: Clip | None = None

@@ -29,6 +29,8 @@ class Policies:
     def __init__(self, config: GradGuardConfig, distributed_type: str = "") -> None:
         self._config = config
         self.nonfinite = nonfinite.policies.parse(config.nonfinite)
+        self.overflow = self.nonfinite if isinstance(self.nonfinite, nonfinite.Skip) else nonfinite.Skip()
+        """Under a scaler in place of `nonfinite`: it looks for its scale by overflowing, so only many in a row matter."""
         self.clip = clipping.policies.parse_optional(config.clip)
         """None: clipping is left to the Trainer."""
         self.accumulator: Accumulator | None = None

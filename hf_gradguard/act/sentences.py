@@ -10,8 +10,8 @@ from hf_gradguard.observe.fault import Fault
 from hf_gradguard.observe.layout import Layout
 
 
-def nonfinite(step: int, fault: Fault, decision: Decision, *, dry_run: bool) -> Event:
-    """A window with a gradient that is not finite."""
+def nonfinite(step: int, fault: Fault, decision: Decision, held: int, *, dry_run: bool) -> Event:
+    """A window with a gradient that is not finite, while so many are held back."""
     kind = "NaN" if fault.value != fault.value else "infinity"
     others = f" and of {fault.others} more parameters" if fault.others else ""
     where = f" after micro-batch {fault.micro_batch}" if fault.micro_batch else ""
@@ -19,6 +19,8 @@ def nonfinite(step: int, fault: Fault, decision: Decision, *, dry_run: bool) -> 
         done = f"the update goes ahead, as dry_run asks; the policy would {decision}"
     elif decision == "observe":
         done = "the update goes ahead, as nonfinite='observe' asks"
+    elif held:
+        done = f"the window is left out, the {held} held before it stay"
     else:
         done = "the update was skipped, the weights are as before"
     origin = "" if fault.origin is None else f". Run again: {fault.origin.message}"
@@ -36,7 +38,7 @@ def nonfinite(step: int, fault: Fault, decision: Decision, *, dry_run: bool) -> 
 
 def stopped(step: int, policy: str) -> Event:
     """Training ends by a policy's decision."""
-    message = f"training ends: {policy} allows no further window with non-finite gradients"
+    message = f"training ends here, as nonfinite={policy!r} asks"
     return Event("stopped", step, action="stop", message=message)
 
 

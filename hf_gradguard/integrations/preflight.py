@@ -31,6 +31,9 @@ def refuse(trainer: Trainer, config: GradGuardConfig) -> None:
     if acting and (reason := no_gradient_to_see(trainer)):
         policies = " and ".join(f"{name}={getattr(config, name)!r}" for name in acting)
         raise ValueError(f"{policies} can't work here: {reason}")
+    callbacks = [c for c in trainer.callback_handler.callbacks if hasattr(c, "guard") and hasattr(c, "config")]
+    if acting and len(callbacks) > 1:
+        raise ValueError(f"{len(callbacks)} guards on one trainer would both act on the same gradients; give it one")
     if trainer.model is not None and not any(parameter.requires_grad for parameter in trainer.model.parameters()):
         raise ValueError(
             f"{type(trainer.model).__name__} has no trainable parameter: every requires_grad is False. "
@@ -54,6 +57,8 @@ def notices(trainer: Trainer, config: GradGuardConfig) -> list[str]:
     if config.clip == "trainer" or config.dry_run:
         return []
     limit = trainer.args.max_grad_norm
+    if config.clip == "none":
+        return [f"clip='none': nothing is clipped, max_grad_norm={limit} has no effect"]
     return [f"clip={config.clip!r} clips in place of the Trainer, whose max_grad_norm={limit} has no effect"]
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -49,9 +50,9 @@ class TrainerHold:
     """What stands in front of one trainer's methods during one training, all of it on its own objects.
 
     `Trainer.training_step` shows each micro-batch, and is what can be repeated; `Accelerator.backward` tells the loss
-    and the end of each backward pass; `Accelerator.clip_grad_norm_`, and on
-    meshes of several kinds `Trainer._mixed_mesh_grad_norm`, are where gradients are complete and not yet clipped;
-    `Trainer.log` carries our numbers to every integration.
+    and the end of each backward pass; `Accelerator.clip_grad_norm_`, and on meshes of several kinds
+    `Trainer._mixed_mesh_grad_norm`, are where gradients are complete and not yet clipped; the optimizer's `step` is
+    where a window without an update must leave no trace; `Trainer.log` carries our numbers to every integration.
 
     All of it lets go by itself when the callback is no longer among the trainer's: a training that ended with an
     exception may have left it in place.
@@ -66,6 +67,7 @@ class TrainerHold:
         self._tries_loss = guard.config.check_loss_scaling
         self._count = TargetTokens(trainer) if guard.config.accumulates else None
         self._stand_before(trainer, "training_step", self._training_step)
+        self._stand_before(trainer.optimizer, "step", guard.make_step)
         self._clip_stand_in = self._stand_before(trainer.accelerator, "clip_grad_norm_", self._clip)
         self._stand_before(trainer.accelerator, "backward", self._backward)
         self._stand_before(trainer, "log", self._log)
@@ -110,7 +112,9 @@ class TrainerHold:
             self._tries_loss = False
             if message := preflight.loss_scaling(self._trainer, inputs):
                 self._guard.say(Event("warning", self._guard.step_number, message=message))
-        self._guard.begin_micro_batch(lambda: original(model, inputs, *args, **kwargs), inputs)
+        # Some take out of their inputs what they need, the second time from the copy as well.
+        kept = copy.copy(inputs)
+        self._guard.begin_micro_batch(lambda: original(model, copy.copy(kept), *args, **kwargs), kept)
         if self._count is not None:
             self._count.look(inputs, *args, **kwargs)
         return original(model, inputs, *args, **kwargs)
@@ -150,6 +154,8 @@ class TrainerHold:
         return self._guard.clip(max_norm, parameters, lambda: original(model, max_norm), always=True)
 
     def _log(self, original: Callable[..., Any], logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if self._guard.is_replaying:
+            return
         if "loss" in logs:
             logs.update(self._guard.metrics())
         original(logs, *args, **kwargs)
@@ -176,7 +182,7 @@ class TargetTokens:
         if num_items_in_batch is not None:
             self._of_window = num_items_in_batch / self._processes if self._is_global else num_items_in_batch
             return
-        labels = inputs.get("labels")
+        labels = inputs.get("labels") if isinstance(inputs, Mapping) else None
         if isinstance(labels, Tensor):
             counted = labels[..., 1:] if self._shifts and labels.ndim > 1 else labels
             self._of_inputs = (counted != -100).sum()

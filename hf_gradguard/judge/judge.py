@@ -43,7 +43,7 @@ class Judge:
     @property
     def verdict(self) -> Verdict:
         """The verdict that holds; its numbers are those of the latest judgement that came to it."""
-        if self.history.count < self.thresholds.min_updates:
+        if self.history.count < self.thresholds.min_updates or self._verdict.kind == "unknown":
             return judge(self.history, self.stacks, self.thresholds)
         return self._verdict
 

@@ -42,7 +42,7 @@ def find_fault(reading: Reading, partial: Sequence[Measurement], micro_batches: 
         micro_batches: how many the window had.
         replays: of the window's micro-batches.
     """
-    norms, micro_batch = reading.parameter_norms, None if len(partial) + 1 < micro_batches else len(partial)
+    norms, micro_batch = reading.parameter_norms, len(partial) if len(partial) + 1 == micro_batches else None
     for index, measurement in enumerate(partial):
         if not np.all(np.isfinite(measurement.norms())):
             norms, micro_batch = measurement.norms(), index

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 
-from hf_gradguard import GradGuardCallback, RunRecord
+from hf_gradguard import GradGuard, GradGuardCallback, GradGuardConfig, RunRecord
 from tests.integration.test_fp16 import Scaled
 from tests.models import language_data, make
 from tests.training import Poison, Snapshots, arguments, assert_bit_equal, weights
@@ -349,6 +349,47 @@ def test_under_a_scaler_unscaled_gradients_are_held_and_an_overflow_costs_its_ow
     assert difference(weights(held.model), weights(clean.model)) < 1e-6
 
 
+class OverflowsLast(WellScaled):
+    """Whose last window overflows."""
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().training_step(*args, **kwargs)
+        if self.state.global_step == 3:
+            next(self.model.parameters()).grad[0, 0] = math.inf
+        return loss
+
+
+def test_an_overflow_in_the_last_window_still_lets_the_held_ones_update(tmp_path: Path) -> None:
+    options = {"fp16": True, "optim": "sgd"}
+    callback = GradGuardCallback(accumulate="fixed:windows=9")
+    held = train(
+        without_dropout(make("gpt2")), tmp_path / "held", language_data(32), callback,
+        kind=OverflowsLast, max_steps=4, **options,
+    )  # fmt: skip
+    clean = train(
+        without_dropout(make("gpt2")), tmp_path / "clean", language_data(32),
+        kind=WellScaled, max_steps=1, gradient_accumulation_steps=3, **options,
+    )  # fmt: skip
+    assert difference(weights(held.model), weights(clean.model)) < 1e-6
+    assert callback.guard is not None
+    assert (callback.guard.updates, callback.guard.deferred) == (1, 3)
+
+
+def test_what_float16_weights_cannot_hold_together_is_dropped_with_an_event(tmp_path: Path) -> None:
+    model = nn.Linear(2, 1, bias=False).half()
+    guard = GradGuard(
+        model, torch.optim.SGD(model.parameters(), lr=1e-6),
+        GradGuardConfig(accumulate="norm_threshold:threshold=1e9,max_windows=3,reduce=sum"), output_dir=tmp_path,
+    )  # fmt: skip
+    before = model.weight.detach().clone()
+    for _ in range(3):
+        model.weight.grad = torch.full_like(model.weight, 30000.0)
+        guard.step()
+    assert torch.equal(model.weight, before)
+    assert guard.events[-1].kind == "discarded"
+    guard.close()
+
+
 class Replaced(TrainerCallback):
     """Somebody else who reads the gradients that the optimizer is given."""
 
@@ -412,6 +453,7 @@ BAD: list[tuple[Callable[[], object], str]] = [
     (lambda: GradGuardCallback(clip="zlip"), "did you mean 'zclip'"),
     (lambda: GradGuardCallback(clip="global:max_norm=-1"), "max_norm=-1"),
     (lambda: GradGuardCallback(accumulate="fixed", nonfinite="observe"), "contradicts nonfinite='observe'"),
+    (lambda: GradGuardCallback(clip="trainer:max_norm=1"), "'trainer' takes no options"),
     (lambda: GradGuardCallback(lr_schedule="updates"), "lr_schedule='updates' needs a policy"),
     (lambda: GradGuardCallback(lr_schedule="tokens"), "lr_schedule='tokens'"),
     (lambda: GradGuardCallback(save_batch=True, replay=False), "save_batch=True needs replay=True"),

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import Trainer
 
@@ -290,3 +291,104 @@ def test_a_loop_without_close_leaves_all_its_windows(tmp_path: Path) -> None:
         guard.step()
     del guard
     assert RunRecord.load(tmp_path).steps.tolist() == [1, 2, 3]
+
+
+class CountsSteps(torch.optim.SGD):
+    """Counts the steps of each group, as schedule-free optimizers do."""
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            group["k"] = group.get("k", 0) + 1
+        return super().step(closure)
+
+
+@pytest.mark.parametrize(("policy", "expected"), [({"accumulate": "fixed:windows=3"}, 2), ({}, 5)])
+def test_a_window_without_an_update_leaves_no_trace_in_the_optimizer(
+    policy: dict[str, str], expected: int, tmp_path: Path
+) -> None:
+    model = make("gpt2")
+    optimizer = CountsSteps(model.parameters(), lr=1e-2)
+    if not policy:
+        Poison(model.get_parameter("transformer.h.0.ln_1.weight"), 2, math.nan)
+    trainer(model, tmp_path, GradGuardCallback(**policy), optimizers=(optimizer, None)).train()
+    assert optimizer.param_groups[0]["k"] == expected
+    assert len(optimizer.param_groups) == 1
+
+
+class CallsBackwardItself(Trainer):
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        loss = self.compute_loss(model, self._prepare_inputs(inputs))
+        loss.backward()
+        return loss.detach()
+
+
+def test_windows_are_held_for_a_trainer_that_calls_backward_itself(tmp_path: Path) -> None:
+    callback = GradGuardCallback(accumulate="fixed:windows=3")
+    run = trainer(make("gpt2"), tmp_path, callback, kind=CallsBackwardItself)
+    before = weights(run.model)
+    run.train()
+    assert callback.guard is not None
+    assert callback.guard.updates == 2
+    assert not torch.equal(before["transformer.wte.weight"], run.model.state_dict()["transformer.wte.weight"])
+
+
+class PopsItsInputs(Trainer):
+    """Takes out of its inputs what the model does not know, and logs while it is at it."""
+
+    def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+        self.log({"seen": float(inputs.pop("index").sum())})
+        return super().training_step(model, inputs, *args, **kwargs)
+
+
+def test_a_step_that_takes_its_inputs_apart_can_be_repeated(tmp_path: Path) -> None:
+    model = make("gpt2")
+    Poison(model.get_parameter("transformer.h.0.ln_1.weight"), 2, math.nan)
+    callback = GradGuardCallback(save_batch=True)
+    data = [{**row, "index": torch.tensor(index)} for index, row in enumerate(language_data(64))]
+    run = PopsItsInputs(
+        model, arguments(tmp_path, max_steps=3, remove_unused_columns=False), train_dataset=data, callbacks=[callback]
+    )
+    run.train()
+    assert callback.guard is not None
+    assert "transient" in callback.guard.events[0].message
+    assert len([entry for entry in run.state.log_history if "seen" in entry]) == 3
+    saved = load_file(next((tmp_path / "gradguard" / "batches").iterdir()))
+    assert set(saved) == {"input_ids", "labels", "index"}
+
+
+def test_a_batch_that_cannot_be_written_is_no_reason_to_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hf_gradguard.observe import origin
+
+    def fails(*args: Any) -> None:
+        raise NotImplementedError("no such tensor")
+
+    monkeypatch.setattr(origin, "save", fails)
+    model = make("gpt2")
+    Poison(model.get_parameter("transformer.h.0.ln_1.weight"), 2, math.nan)
+    callback = GradGuardCallback(save_batch=True)
+    trainer(model, tmp_path, callback, max_steps=3).train()
+    assert callback.guard is not None
+    assert "NotImplementedError: no such tensor" in callback.guard.events[1].message
+
+
+@pytest.mark.parametrize("policy", ["stop", "observe", "skip"])
+def test_a_scalers_search_ends_no_training(policy: str, tmp_path: Path) -> None:
+    callback = GradGuardCallback(nonfinite=policy)
+    run = trainer(make("gpt2"), tmp_path, callback, kind=OverflowsTwice, fp16=True)
+    run.train()
+    assert run.state.global_step == 6
+    assert callback.guard is not None
+    assert callback.guard.events == []
+
+
+def test_two_guards_that_act_are_refused(tmp_path: Path) -> None:
+    run = trainer(make("gpt2"), tmp_path, GradGuardCallback(), GradGuardCallback(accumulate="fixed"))
+    with pytest.raises(ValueError, match="2 guards on one trainer"):
+        run.train()
+
+
+def test_a_short_run_is_judged_as_soon_as_it_can_be(tmp_path: Path) -> None:
+    callback = GradGuardCallback()
+    trainer(make("gpt2"), tmp_path, callback, max_steps=12).train()
+    assert callback.guard is not None
+    assert callback.guard.verdict.kind != "unknown"
