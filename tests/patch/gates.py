@@ -91,6 +91,77 @@ def neox_parallel_layer(layer: Any, gate: Gate) -> Callable[..., Tensor]:
     return forward
 
 
+def neox_sequential_layer(layer: Any, attention_gate: Gate, mlp_gate: Gate) -> Callable[..., Tensor]:
+    def forward(x: Tensor, **kwargs: Any) -> Tensor:
+        y = layer.post_attention_dropout(layer.attention(layer.input_layernorm(x), **kwargs)[0])
+        x = attention_gate(x, y)
+        return mlp_gate(x, layer.post_mlp_dropout(layer.mlp(layer.post_attention_layernorm(x))))
+
+    return forward
+
+
+def distilbert_layer(layer: Any, attention_gate: Gate, mlp_gate: Gate) -> Callable[..., Tensor]:
+    def forward(x: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+        y = layer.attention(x, attention_mask=attention_mask, **kwargs)[0]
+        x = layer.sa_layer_norm(attention_gate(x, y))
+        return layer.output_layer_norm(mlp_gate(x, layer.ffn(x)))
+
+    return forward
+
+
+def bart_layer(layer: Any, *gates: Gate) -> Callable[..., Tensor]:
+    """Of the encoder with two gates, of the decoder with three."""
+
+    def drop(y: Tensor) -> Tensor:
+        return F.dropout(y, layer.dropout, layer.training)
+
+    def forward(
+        x: Tensor,
+        attention_mask: Tensor | None,
+        states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool = False,
+        **kwargs: Any,
+    ) -> Tensor:
+        if states is not None:
+            kwargs["past_key_values"] = past_key_values
+        y = layer.self_attn(x, attention_mask=attention_mask, **kwargs)[0]
+        x = layer.self_attn_layer_norm(gates[0](x, drop(y)))
+        if states is not None:
+            kwargs |= {"key_value_states": states, "attention_mask": encoder_attention_mask}
+            x = layer.encoder_attn_layer_norm(gates[1](x, drop(layer.encoder_attn(x, **kwargs)[0])))
+        y = F.dropout(layer.activation_fn(layer.fc1(x)), layer.activation_dropout, layer.training)
+        return layer.final_layer_norm(gates[-1](x, drop(layer.fc2(y))))
+
+    return forward
+
+
+def t5_layer(layer: Any, *gates: Gate) -> Callable[..., Any]:
+    """Of the encoder with two gates, of the decoder with three; the order of sublayers is the model's own."""
+
+    def attention(sub: Any, inner: Any, gate: Gate) -> Callable[..., Any]:
+        def forward(
+            x: Tensor, key_value_states: Tensor | None = None, attention_mask: Any = None, **kwargs: Any
+        ) -> Any:
+            if key_value_states is not None:
+                kwargs["key_value_states"] = key_value_states
+            y, *others = inner(sub.layer_norm(x), mask=attention_mask, **kwargs)
+            return gate(x, sub.dropout(y)), *others
+
+        return forward
+
+    def feed_forward(sub: Any, gate: Gate) -> Callable[[Tensor], Tensor]:
+        return lambda x: gate(x, sub.dropout(sub.DenseReluDense(sub.layer_norm(x))))
+
+    first, *cross, last = layer.layer
+    first.forward = attention(first, first.SelfAttention, gates[0])
+    for sub in cross:
+        sub.forward = attention(sub, sub.EncDecAttention, gates[1])
+    last.forward = feed_forward(last, gates[-1])
+    return layer.forward  # type: ignore[no-any-return]
+
+
 LAYERS: dict[str, tuple[Callable[..., Callable[..., Tensor]], int]] = {
     "bert": (bert_layer, 2),
     "gpt2": (gpt2_layer, 2),
@@ -100,3 +171,13 @@ LAYERS: dict[str, tuple[Callable[..., Callable[..., Tensor]], int]] = {
     "gpt_neox-parallel": (neox_parallel_layer, 1),
 }
 """For each case the layer by hand, and how many gates it takes."""
+
+PLAIN: dict[str, Callable[..., Callable[..., Any]]] = {
+    **{name: layer for name, (layer, _) in LAYERS.items()},
+    "bart": bart_layer,
+    "distilbert": distilbert_layer,
+    "gpt_neox-sequential": neox_sequential_layer,
+    "t5": t5_layer,
+    "t5-gated": t5_layer,
+}
+"""For more cases the layer by hand; it takes one gate for each addition."""
