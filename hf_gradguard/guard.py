@@ -327,7 +327,7 @@ class GradGuard:
             return False
         self._window.taken = taken
         self._clip(taken.norms)
-        # Not through Accelerate, whose step does nothing in the middle of a window, and whose scaler would unscale again.
+        # Accelerate's own step does nothing in the middle of a window, and its scaler would unscale once more.
         _inner(self._optimizer).step()
         _inner(self._optimizer).zero_grad()
         self.updates += 1

@@ -10,7 +10,7 @@ In each case a small BERT is trained on real text and one fault is put in its wa
 For the guard a case is passed only if all weights end finite, the bad window touches no weight and every other window
 does, and the event names window, micro-batch and parameter (`edited`) or module (the others).
 
-    python recipes/fault_matrix.py            # all cases, with the guard and without: NN minutes on 2 cores
+    python recipes/fault_matrix.py            # all cases, with the guard and without: 30 minutes on 2 cores
     python recipes/fault_matrix.py --every 40 # each 40th
 """
 

@@ -30,7 +30,7 @@ class Policies:
         self._config = config
         self.nonfinite = nonfinite.policies.parse(config.nonfinite)
         self.overflow = self.nonfinite if isinstance(self.nonfinite, nonfinite.Skip) else nonfinite.Skip()
-        """Under a scaler in place of `nonfinite`: it looks for its scale by overflowing, so only many in a row matter."""
+        """Used under a scaler, which looks for its scale by overflowing: only many in a row count."""
         self.clip = clipping.policies.parse_optional(config.clip)
         """None: clipping is left to the Trainer."""
         self.accumulator: Accumulator | None = None
