@@ -110,10 +110,14 @@ class GradGuardCallback(TrainerCallback, ExportableState):
     ) -> None:
         if self.guard is not None:
             self.guard.before_step()
+            if self._hold is not None and self.guard.must_leave_no_trace:
+                self._hold.hold_step()
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        if self._hold is not None:
+            self._hold.let_go()
         if self.guard is not None:
             self.guard.after_step(updated=not getattr(kwargs.get("optimizer"), "step_was_skipped", False))
             if self._hold is not None and self.guard.schedule_waits:
@@ -121,7 +125,7 @@ class GradGuardCallback(TrainerCallback, ExportableState):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._hold is not None:
-            self._hold.let_schedule_go()
+            self._hold.let_go()
         if self.guard is not None:
             self.guard.end_window()
             control.should_training_stop |= self.guard.should_stop

@@ -237,6 +237,11 @@ class GradGuard:
         if window.makes_update and self._wants_weights():
             window.probe = WeightProbe(self._tensors, through_fp16=self._has_scaler)
 
+    @property
+    def must_leave_no_trace(self) -> bool:
+        """Whether the optimizer's step has to go through `make_step`."""
+        return self._window.bypasses_scaler or not self._window.makes_update
+
     def make_step(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Calls the optimizer's step. In a window without an update it finds no parameters: merely without gradients,
         some optimizers would still count a step.

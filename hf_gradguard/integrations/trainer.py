@@ -63,11 +63,10 @@ class TrainerHold:
         self._callback = callback
         self._guard = guard
         self._stand_ins: list[StandIn] = []
-        self._schedule: StandIn | None = None
+        self._brief: list[StandIn] = []
         self._tries_loss = guard.config.check_loss_scaling
         self._count = TargetTokens(trainer) if guard.config.accumulates else None
         self._stand_before(trainer, "training_step", self._training_step)
-        self._stand_before(trainer.optimizer, "step", guard.make_step)
         self._clip_stand_in = self._stand_before(trainer.accelerator, "clip_grad_norm_", self._clip)
         self._stand_before(trainer.accelerator, "backward", self._backward)
         self._stand_before(trainer, "log", self._log)
@@ -86,22 +85,23 @@ class TrainerHold:
 
     def release(self) -> None:
         """Puts everything back."""
-        self.let_schedule_go()
+        self.let_go()
         for stand_in in reversed(self._stand_ins):
             stand_in.remove()
 
+    def hold_step(self) -> None:
+        """Makes the optimizer's next step one of the guard's, until `let_go`."""
+        self._brief.append(StandIn(self._trainer.optimizer, "step", self._guard.make_step))
+
     def hold_schedule(self) -> None:
-        """Makes the Trainer's next step of the learning-rate schedule one that does nothing, until `let_schedule_go`.
+        """Makes the next step of the learning-rate schedule one that does nothing, until `let_go`."""
+        self._brief.append(StandIn(self._trainer.lr_scheduler, "step", lambda original, *args, **kwargs: None))
 
-        For as short a time as possible: the state of a schedule, as it is saved, is all that its object holds.
-        """
-        self._schedule = StandIn(self._trainer.lr_scheduler, "step", lambda original, *args, **kwargs: None)
-
-    def let_schedule_go(self) -> None:
-        """Ends `hold_schedule`; does nothing where it was not called."""
-        if self._schedule is not None:
-            self._schedule.remove()
-            self._schedule = None
+    def let_go(self) -> None:
+        """Ends `hold_step` and `hold_schedule`, which last as short as possible: a schedule wraps the step of its
+        optimizer when it is made, and its state, as it is saved, is all that its object holds."""
+        while self._brief:
+            self._brief.pop().remove()
 
     def _training_step(
         self, original: Callable[..., Any], model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any

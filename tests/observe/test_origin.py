@@ -145,7 +145,7 @@ def fault(model: nn.Module, place: str, value: float, direction: str) -> Iterato
         assert first is not None
         if first.shape[:2] != where.shape:  # heads before tokens, the same for all rows, or a loss
             where = where.any(1) if first.shape[:1] == where.shape[:1] else where.any()
-        where = where.view(*where.shape, *[1] * (first.ndim - where.ndim))
+        where = where[(..., *[None] * (first.ndim - where.ndim))]
         failing = direction == "backward"
         new = FailingGradient.apply(first, where, value) if failing else torch.where(where, value, first)
         return _replaced(output, first, new)
