@@ -32,7 +32,7 @@ from torch.autograd.graph import Node
 from hf_gradguard.backends.dtensor import local_part
 from hf_gradguard.observe.forward_order import TRANSPARENT
 from hf_gradguard.observe.random_state import RandomState
-from hf_gradguard.observe.structure import _unwrapped_root
+from hf_gradguard.observe.structure import unwrapped_root
 
 Direction = Literal["forward", "backward"]
 
@@ -83,7 +83,7 @@ def trace(model: nn.Module, micro_batch: MicroBatch) -> Origin:
         No exception of it gets out.
     """
     try:
-        root = _unwrapped_root(model)
+        root = unwrapped_root(model)
         with _unchanged(root, micro_batch), _uncompiled(), torch.enable_grad(), _Tracer(root) as tracer:
             micro_batch.random_state.restore()
             result = micro_batch.run()

@@ -62,7 +62,7 @@ def read_layout(model: nn.Module) -> tuple[Layout, list[nn.Parameter]]:
         The layout, and its parameters' tensors in the order of `layout.parameters`. Both are empty of parameters where
         nothing is trainable.
     """
-    root = _unwrapped_root(model)
+    root = unwrapped_root(model)
     names = _named_parameters(root)
     return _layout(names, _slots(root)), list(names)
 
@@ -72,7 +72,7 @@ def read_layout(model: nn.Module) -> tuple[Layout, list[nn.Parameter]]:
 _ADAPTED = ("base_layer", "original_module")  # where PEFT keeps the module that an adapter stands in for
 
 
-def _unwrapped_root(model: nn.Module) -> nn.Module:
+def unwrapped_root(model: nn.Module) -> nn.Module:
     """The model inside DDP, DataParallel, DeepSpeed's engine and `torch.compile`, in whatever order they came."""
     while True:
         inner = unwrapped(model)
