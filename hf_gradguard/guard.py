@@ -207,7 +207,7 @@ class GradGuard:
         needs_stock = always or max_norm is None or not is_all or not measurement.has_gradients or window.has_clipped
         window.has_clipped = True
         if self._reads_late:
-            window.max_norm = max_norm
+            window.max_norm = max_norm if is_all else None
             if needs_stock or max_norm is None:
                 return stock()
             return clipping.trainers_own(parameters, max_norm, None, stock, measurement.stock_total)

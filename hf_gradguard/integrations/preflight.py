@@ -10,6 +10,7 @@ import torch
 from transformers import Trainer
 
 from hf_gradguard.config import GradGuardConfig
+from hf_gradguard.observe.eager import uncompiled
 from hf_gradguard.observe.random_state import RandomState
 
 Check = Callable[[Trainer], str | None]
@@ -129,7 +130,7 @@ def _losses_for(trainer: Trainer, batch: Mapping[str, Any], counts: tuple[int, .
     model.eval()
     try:
         # A compiled model would be compiled once more, for evaluation.
-        with torch.compiler.set_stance("force_eager"), trainer.accelerator.autocast():
+        with uncompiled(), trainer.accelerator.autocast():
             outputs = [model(**batch, num_items_in_batch=torch.tensor(count)) for count in counts]
         return [float(output["loss"]) for output in outputs]
     except Exception:  # what is wrong with the model or the batch is raised again, in its place, by training

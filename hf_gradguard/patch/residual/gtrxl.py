@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hf_gradguard.patch.anatomy import Anatomy, Branch
-from hf_gradguard.patch.residual.patch import ResidualPatch, rules
+from hf_gradguard.patch.residual.patch import ResidualPatch, check_finite, rules
 from hf_gradguard.patch.residual.rule import Rule
 
 
@@ -42,9 +44,9 @@ class GTrXLPatch(ResidualPatch):
         """See `ResidualPatch`."""
         return lambda branch: self._gate(branch.output.out_features)
 
+    @abstractmethod
     def _gate(self, width: int) -> Rule:
         """The gate for one addition."""
-        raise NotImplementedError
 
 
 class GTrXLGate(nn.Module):
@@ -62,9 +64,39 @@ class GTrXLGate(nn.Module):
         """See `Gate`."""
         return self.join(x, F.relu(y) if self.relu else y)
 
+    @abstractmethod
     def join(self, x: Tensor, y: Tensor) -> Tensor:
         """The gate's formula."""
-        raise NotImplementedError
+
+
+class BiasedGate(GTrXLGate):
+    """A gate with a learned bias.
+
+    Args:
+        width: features of x and y.
+        bias: b_g at first.
+        relu: whether y goes through a ReLU first.
+    """
+
+    def __init__(self, width: int, bias: float = 2.0, relu: bool = True) -> None:
+        super().__init__(relu)
+        self.bias = nn.Parameter(torch.full((width,), float(bias)))
+
+
+@dataclass(frozen=True)
+class BiasedPatch(GTrXLPatch):
+    """A gate with a learned bias. The paper gives its start for the GRU gate; the others begin with the same."""
+
+    gate: ClassVar[type[BiasedGate]]
+
+    bias: float = 2.0
+    """b_g at first; the larger, the less of the branch is let in."""
+
+    def __post_init__(self) -> None:
+        check_finite(bias=self.bias)
+
+    def _gate(self, width: int) -> Rule:
+        return self.gate(width, self.bias, self.relu)
 
 
 def refuse_parallel(name: str, anatomy: Anatomy) -> str | None:
