@@ -29,10 +29,11 @@ or one with `scale(y)` instead: the stream goes on with x + scale(y). `attach` a
 
 from hf_gradguard.patch.anatomy import Anatomy, Branch, Layer, Point, Stack, read_architecture
 from hf_gradguard.patch.architectures import list_architectures, register_architecture
+from hf_gradguard.patch.container import CONTAINER
 from hf_gradguard.patch.entry import Architecture, At, AttentionEntry, MLPEntry, Rows, StackEntry
 from hf_gradguard.patch.parts import Part, Slot
 from hf_gradguard.patch.residual import Gate, Identity, Multiplier, Rule, Scaling
-from hf_gradguard.patch.taps import CONTAINER, attach, detach
+from hf_gradguard.patch.taps import attach, detach
 
 __all__ = [
     "CONTAINER",

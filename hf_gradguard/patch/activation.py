@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
-from hf_gradguard.patch.anatomy import Anatomy
+from hf_gradguard.patch.anatomy import Anatomy, configs
 from hf_gradguard.patch.parts import Slot
 from hf_gradguard.registry import nearest
 
@@ -74,7 +74,7 @@ def replace_activation(anatomy: Anatomy, name: str) -> ReplacedActivation:
     for slot, _ in old_modules:
         slot.replace(_make(name, slot.owner, anatomy))
     old_settings = []
-    for config in _configs(anatomy.model):
+    for config in configs(anatomy.model):
         for key, value in _settings(config, field, name).items():
             old_settings.append((config, key, getattr(config, key)))
             setattr(config, key, value)
@@ -119,12 +119,6 @@ def _settings(config: Any, field: str | None, name: str) -> dict[str, str]:
         # T5's text for the gated MLP, and what is read of it: `gated-gelu` alone would be read as gelu_new
         return {field: f"gated-{name}" if config.is_gated_act else name, "dense_act_fn": name}
     return {field: name}
-
-
-def _configs(model: PreTrainedModel) -> list[Any]:
-    """The configs of a model and of the models in it, each once: T5's stacks have copies."""
-    configs = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
-    return list({id(config): config for config in configs}.values())
 
 
 def _make(name: str, owner: nn.Module, anatomy: Anatomy) -> nn.Module:

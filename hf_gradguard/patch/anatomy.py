@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -50,8 +50,8 @@ class Branch:
     """Place among all branches of the stack, from 0 at the input."""
     count: int
     """Number of branches in the stack: twice `depth`, three times with cross-attention."""
-    norm_position: NormPosition
-    """Whether the norm is before the branch or after the addition."""
+    norm_position: NormPosition | Literal["none"]
+    """Whether the norm is before the branch or after the addition; `none` where a patch has switched it off."""
     parallel: bool
     """The layer's branches start from the same x and are added together."""
     residual: Point
@@ -184,6 +184,12 @@ def pretrained(model: nn.Module) -> PreTrainedModel:
         if isinstance(module, PreTrainedModel):
             return module
     raise TypeError(f"{type(model).__name__} holds no Transformers model (PreTrainedModel); patches need one")
+
+
+def configs(model: PreTrainedModel) -> list[Any]:
+    """The configs of a model and of the models in it, each once: T5's stacks have copies."""
+    found = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
+    return list({id(config): config for config in found}.values())
 
 
 class _Reader:

@@ -5,15 +5,15 @@ argument keeps x, one after the module whose output is y returns G(x, y) − x i
 makes x + (G(x, y) − x): in a pre-norm model G(x, y) is the stream, in a post-norm model it is what the norm gets. A
 rule that only scales y needs the second hook alone.
 
-- Hooks are methods of modules that are children of the layer, so deepcopy, pickle, `.to` and `torch.compile` take them
-  along. All that a patch adds to a layer lies in one child, `CONTAINER`; names of the model's own parameters stay.
-- That child's name ends in `_norm`. Trainer gives no weight decay to anything whose name contains such a step, so none
-  of a rule's parameters is decayed, whatever it is called.
+- Hooks are methods of modules that are children of the layer, see `container`. Names of the model's own parameters
+  stay.
 - A rule gets y as it is added, after dropout, in every architecture. Where the dropout comes after the hook because it
   is no module of its own (OPT, BART), the taps do it, from the same random numbers, and the layer's rate is 0 for so
   long: G(x, y) − x must not go through it.
 - In a layer with parallel residual one gate serves both branches: the first hook holds its y back (returns zeros), the
   last returns G(x, sum of the y) − x.
+- Norms come in where a conversion asks for them (see `norm`): one that is new on y, before the rule; or, in a pre-norm
+  model that becomes a post-norm one, the branch's own norm on what the rule gives, so that G(x, y) is norm(rule(x, y)).
 - x + (G − x) is rounded twice. It equals G bit for bit where G lies between x / 2 and 2 x, and where G = x + y and
   |y| ≤ |x|; else to about one unit in the last place of the larger of x and G. In bfloat16 this can be seen where a
   gate makes a large x small.
@@ -21,20 +21,17 @@ rule that only scales y needs the second hook alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.hooks import RemovableHandle
 
 from hf_gradguard.patch.anatomy import Anatomy, Branch, Layer, pretrained, read_architecture
-from hf_gradguard.patch.residual.rule import Rule
-
-CONTAINER = "gradguard_norm"
-"""The child of each layer that holds its taps. What a patch adds beside rules (new norms, say) belongs there too."""
+from hf_gradguard.patch.container import Container, alike, container_of, is_patched, remove_all
+from hf_gradguard.patch.residual.rule import NormAdjusting, Rule
 
 MakeRule = Callable[[Branch], Rule | None]
 """Makes the rule for a branch, or None to leave it as it is. The same rule given for several branches is shared: its
@@ -65,16 +62,29 @@ class _Passing:
         return {"tap": None, "x": None, "y": None}
 
 
+@dataclass(frozen=True, eq=False)
+class TapNorms:
+    """The norms that a conversion puts into a branch's tap."""
+
+    output: nn.Module | None = None
+    """A new one, for the branch's output y."""
+    joined: nn.Module | None = None
+    """One for what the rule makes of x and y."""
+    is_new: bool = False
+    """Whether `joined` is new; else it is the branch's own, which stays where it is in the layer."""
+
+
 class Tap(nn.Module):
     """The hooks of one rule on the branches that meet x in one addition, and the rule.
 
     Args:
         passing: what all taps of the model have in common.
-        rule: a gate, a scaling, or None for a tap that does nothing but the layer's dropout.
+        rule: a gate, a scaling, or None for x + y.
         place: what it is in, for messages.
         argument: which argument of the module with the residual tap x is.
         dropout: rate of the dropout that the tap does in place of the layer.
         is_owner: whether the rule's parameters are stored here; False if another tap has the same rule.
+        norms: what a conversion of norms does here.
     """
 
     def __init__(
@@ -85,11 +95,15 @@ class Tap(nn.Module):
         argument: int | str,
         dropout: float,
         is_owner: bool,
+        norms: TapNorms,
     ) -> None:
         super().__init__()
         self.passing = passing
         self.rule = rule if is_owner else None
         self.shared = () if is_owner or rule is None else (rule,)  # in a tuple it is no child, and stored only once
+        self.norm = norms.output
+        self.joined_norm = norms.joined if norms.is_new else None
+        self.moved_norm = () if norms.is_new or norms.joined is None else (norms.joined,)
         self.place = place
         self.argument = argument
         self.dropout = dropout
@@ -111,7 +125,7 @@ class Tap(nn.Module):
     def scale(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """After the branch: scale(y), or y where there is no rule."""
         y = self._branch_output(output)
-        rule: Any = self._rule
+        rule: Any = self.active_rule
         return _with_first(output, y if rule is None else rule.scale(y).to(y.dtype))
 
     def hold(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
@@ -124,93 +138,103 @@ class Tap(nn.Module):
         """After the branch, or the last of two parallel ones: G(x, y) − x."""
         y = self._branch_output(output)
         x, held = self.passing.take(self)
-        rule: Any = self._rule
         if x is None:
             raise RuntimeError(
                 f"{self.place}: the branch ended, but its residual was not seen in this forward pass. Another library "
                 "may have replaced the module whose input it is; patch the model after that library has changed it"
             )
         y = y if held is None else y + held
-        return _with_first(output, (rule(x, y) - x).to(torch.promote_types(x.dtype, y.dtype)))
+        return _with_first(output, (self._joined(x, y) - x).to(torch.promote_types(x.dtype, y.dtype)))
+
+    def _joined(self, x: Tensor, y: Tensor) -> Tensor:
+        """G(x, y)."""
+        rule: Any = self.active_rule
+        if rule is None:
+            joined = x + y
+        elif is_scaling(rule):
+            joined = x + rule.scale(y)
+        else:
+            joined = rule(x, y)
+        if self.joined_norm is not None:
+            return self.joined_norm(joined)  # type: ignore[no-any-return]
+        for norm in self.moved_norm:
+            joined = norm.forward(joined)  # called so, it is not switched off: its hooks see the model's own call alone
+        return joined
 
     @property
-    def _rule(self) -> nn.Module | None:
+    def active_rule(self) -> nn.Module | None:
+        """The rule, wherever it is stored; None for x + y."""
         return self.shared[0] if self.shared else self.rule
 
     def _branch_output(self, output: Any) -> Tensor:
         y = output[0] if isinstance(output, tuple) else output
-        return F.dropout(y, self.dropout, self.training) if self.dropout else y
+        y = F.dropout(y, self.dropout, self.training) if self.dropout else y
+        return y if self.norm is None else self.norm(y)
 
 
-@dataclass(eq=False)
-class _End:
-    """A hook on a branch's last linear module, which PEFT may replace."""
-
-    path: str
-    hook: Callable[..., Any]
-    module: nn.Module
-    handle: RemovableHandle
+Norms = Mapping[Branch, TapNorms]
+"""What a conversion of norms does in the taps of each branch; nothing where a branch is not in it."""
 
 
-class LayerTaps(nn.Module):
-    """The taps of one layer, each named after the branches that it serves."""
+class _LayerTaps:
+    """Puts the taps into one layer, each named after the branches that it serves.
 
-    def __init__(self, passing: _Passing, dropout: str | None) -> None:
-        super().__init__()
+    Args:
+        passing: what all taps of the model have in common.
+        owned: rules that another tap has stored already.
+        norms: see `Norms`.
+    """
+
+    def __init__(self, passing: _Passing, owned: set[nn.Module], norms: Norms) -> None:
         self.passing = passing
-        self.dropout = dropout
-        self.rate = 0.0
-        self.handles: list[RemovableHandle] = []
-        self.ends: list[_End] = []  # no children, as they are not modules: what they hold stays where it is
+        self.owned = owned
+        self.norms = norms
 
-    def place(self, layer: Layer, rules: Sequence[_Assignment], owned: set[nn.Module]) -> None:
-        """Hangs the hooks into a layer, and itself. Rules in `owned` are another tap's already; it adds its own."""
-        if self.dropout is not None:
-            self.rate = getattr(layer.module, self.dropout)
-            setattr(layer.module, self.dropout, 0.0)
+    def place(self, layer: Layer, rules: Sequence[_Assignment]) -> None:
+        """Hangs the hooks of a layer's rules and norms."""
+        container, rate = container_of(layer.module), 0.0
+        if layer.dropout is not None:
+            rate = getattr(layer.module, layer.dropout)
+            container.set(layer.module, layer.dropout, 0.0)
         for branches, rule in rules:
             place, argument = ", ".join(map(str, branches)), branches[0].residual.argument
-            tap = Tap(self.passing, rule, place, argument, self.rate, rule not in owned)
+            norms = self.norms.get(branches[0], TapNorms())
+            if len(branches) > 1 and norms.output is not None:
+                raise ValueError(
+                    f"{place}: each branch is to get a norm of its own, but {type(rule).__name__} is a gate that takes "
+                    "the sum of both (parallel residual); use a multiplier, or a norm that adds none"
+                )
+            tap = Tap(self.passing, rule, place, argument, rate, rule not in self.owned, norms)
+            alike(tap, branches[0].output.weight)
             if rule is not None:
-                owned.add(_like(rule, branches[0].output.weight))
-            self.add_module("_".join(branch.kind for branch in branches), tap)
-            self._hook(tap, rule, branches)
-        if self.ends:
-            self.handles.append(layer.module.register_forward_pre_hook(self.follow))
-        layer.module.add_module(CONTAINER, self)
-        self.train(layer.module.training)
+                self.owned.add(rule)
+            if isinstance(rule, NormAdjusting):
+                norm = branches[0].norm.value
+                for name, value in rule.norm_settings(norm).items():
+                    container.set(norm, name, value)
+            container.add_module("_".join(branch.kind for branch in branches), tap)
+            _hook(container, layer, tap, branches)
+        container.train(layer.module.training)
 
-    def follow(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
-        """Before the layer: takes a hook along to the module that stands where its own was, as PEFT's adapters do."""
-        for end in self.ends:
-            module = layer.get_submodule(end.path)
-            if module is not end.module:
-                end.handle.remove()
-                end.module, end.handle = module, module.register_forward_hook(end.hook)
+    def are_needed(self, rules: Sequence[_Assignment]) -> bool:
+        """Whether there is anything to do in a layer."""
+        return any(rule is not None or branch in self.norms for branches, rule in rules for branch in branches)
 
-    def remove(self, layer: nn.Module) -> None:
-        """Leaves the layer as it was before `place`."""
-        for handle in [*self.handles, *(end.handle for end in self.ends)]:
-            handle.remove()
-        if self.dropout is not None:
-            setattr(layer, self.dropout, self.rate)
-        delattr(layer, CONTAINER)
 
-    def _hook(self, tap: Tap, rule: nn.Module | None, branches: Sequence[Branch]) -> None:
-        if not _is_gate(rule):
-            self._after(branches[0], tap.scale)
-            return
-        self.handles.append(branches[0].residual.module.register_forward_pre_hook(tap.see, with_kwargs=True))
-        for branch in branches[:-1]:
-            self._after(branch, tap.hold)
-        self._after(branches[-1], tap.join)
-
-    def _after(self, branch: Branch, hook: Callable[..., Any]) -> None:
-        handle = branch.end.register_forward_hook(hook)
+def _hook(container: Container, layer: Layer, tap: Tap, branches: Sequence[Branch]) -> None:
+    def after(branch: Branch, hook: Callable[..., Any]) -> None:
         if branch.entry.end == branch.entry.output:
-            self.ends.append(_End(branch.entry.end, hook, branch.end, handle))
+            container.after_linear(layer.module, branch.entry.end, hook)
         else:
-            self.handles.append(handle)
+            container.hold(branch.end.register_forward_hook(hook))
+
+    if not (_is_gate(tap.active_rule) or tap.joined_norm is not None or tap.moved_norm):
+        after(branches[0], tap.scale)
+        return
+    container.hold(branches[0].residual.module.register_forward_pre_hook(tap.see, with_kwargs=True))
+    for branch in branches[:-1]:
+        after(branch, tap.hold)
+    after(branches[-1], tap.join)
 
 
 def attach(model: nn.Module, make_rule: MakeRule) -> Anatomy:
@@ -234,14 +258,30 @@ def attach(model: nn.Module, make_rule: MakeRule) -> Anatomy:
         TypeError: something is no rule.
     """
     anatomy = read_architecture(model)
-    if any(hasattr(layer.module, CONTAINER) for layer in anatomy.layers):
-        raise ValueError(f"this {type(anatomy.model).__name__} is patched already; take the patch away first")
-    assignments = [_assign(layer, make_rule) for layer in anatomy.layers]
-    passing, owned = _Passing(), set[nn.Module]()
-    for layer, rules in zip(anatomy.layers, assignments, strict=True):
-        if any(rule is not None for _, rule in rules):
-            LayerTaps(passing, layer.dropout).place(layer, rules, owned)
+    refuse_patched(anatomy.model)
+    attach_to(anatomy, make_rule)
     return anatomy
+
+
+def attach_to(anatomy: Anatomy, make_rule: MakeRule, norms: Norms | None = None) -> None:
+    """As `attach`, for a model whose anatomy is read, together with a conversion of its norms.
+
+    Args:
+        anatomy: the model's, as it will be with those norms.
+        make_rule: see `attach`.
+        norms: what the conversion does in the taps.
+    """
+    assignments = [_assign(layer, make_rule) for layer in anatomy.layers]
+    taps = _LayerTaps(_Passing(), set(), norms or {})
+    for layer, rules in zip(anatomy.layers, assignments, strict=True):
+        if taps.are_needed(rules):
+            taps.place(layer, rules)
+
+
+def refuse_patched(model: nn.Module) -> None:
+    """Raises ValueError for a model that is patched."""
+    if is_patched(model):
+        raise ValueError(f"this {type(model).__name__} is patched already; take the patch away first (unpatch_model)")
 
 
 def detach(model: nn.Module) -> None:
@@ -250,12 +290,10 @@ def detach(model: nn.Module) -> None:
     Raises:
         ValueError: there are none.
     """
-    patched = [module for module in pretrained(model).modules() if hasattr(module, CONTAINER)]
-    if not patched:
-        raise ValueError(f"this {type(pretrained(model)).__name__} is not patched")
-    for layer in patched:
-        taps = getattr(layer, CONTAINER)
-        taps.remove(layer)
+    inner = pretrained(model)
+    if not is_patched(inner):
+        raise ValueError(f"this {type(inner).__name__} is not patched")
+    remove_all(inner)
 
 
 _Assignment = tuple[Sequence[Branch], nn.Module | None]
@@ -284,7 +322,7 @@ def _assign(layer: Layer, make_rule: MakeRule) -> list[_Assignment]:
 def _checked(rule: object, branch: Branch) -> nn.Module | None:
     if rule is None:
         return None
-    if not isinstance(rule, nn.Module) or not (_is_scaling(rule) or _has_forward(rule)):
+    if not isinstance(rule, nn.Module) or not (is_scaling(rule) or _has_forward(rule)):
         raise TypeError(
             f"{branch}: {type(rule).__name__} is no residual rule; return an nn.Module with forward(x, y) or scale(y), "
             "or None"
@@ -297,17 +335,13 @@ def _has_forward(rule: nn.Module) -> bool:
 
 
 def _is_gate(rule: nn.Module | None) -> bool:
-    return rule is not None and not _is_scaling(rule)
+    return rule is not None and not is_scaling(rule)
 
 
-def _is_scaling(rule: nn.Module) -> bool:
+def is_scaling(rule: nn.Module) -> bool:
+    """Whether a rule has `scale(y)`, and is no gate."""
     # asked of the class, as a gate may have a parameter of that name
     return callable(getattr(type(rule), "scale", None))
-
-
-def _like(rule: nn.Module, weight: Tensor) -> nn.Module:
-    """The rule, with the device of a weight, and its dtype where that is one to compute in."""
-    return rule.to(device=weight.device, dtype=weight.dtype if weight.is_floating_point() else None)
 
 
 def _with_first(output: Any, first: Tensor) -> Any:

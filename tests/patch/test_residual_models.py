@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from hf_gradguard.patch import CONTAINER, read_architecture
+from hf_gradguard.patch import CONTAINER, detach, read_architecture
 from hf_gradguard.patch.residual import LSTMGate, rules
-from hf_gradguard.patch.residual.install import install, installed, uninstall
+from hf_gradguard.patch.residual.install import install, installed
 from tests.patch.gates import PLAIN, bart_layer, bert_layer, distilbert_layer, opt_post_layer
 from tests.patch.models import ALL, CASES, GENERATIVE, gradients, logits
 from tests.patch.plain import pair
@@ -151,7 +151,7 @@ def test_the_gain_of_a_rule_folds_into_the_output_projection(name: str) -> None:
         expected = logits(model, inputs)
         patch = rules.parse(spec)
         folds = [(branch, patch.gain(rule)) for branch, rule in installed(read_architecture(model))]
-        uninstall(model)
+        detach(model)
         for branch, gain in folds:
             assert gain is not None
             column = gain.reshape(-1, 1) if isinstance(gain, Tensor) else gain
@@ -171,7 +171,7 @@ def test_uninstall_gives_the_model_back(name: str) -> None:
             model = model_with(name, spec)
             logits(model, inputs)
             for one in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), model):
-                uninstall(one)
+                detach(one)
                 assert torch.equal(logits(one, inputs), expected)
                 assert repr(one) == text
 

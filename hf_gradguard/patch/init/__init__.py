@@ -42,6 +42,7 @@ from hf_gradguard.patch.init.initialisation import (
 )
 from hf_gradguard.patch.init.kaiming import Kaiming, gain_of
 from hf_gradguard.patch.init.lsuv import LSUV
+from hf_gradguard.patch.init.normal import Normal
 from hf_gradguard.patch.init.orthogonal import Orthogonal
 from hf_gradguard.patch.init.small import Small
 from hf_gradguard.patch.init.t_fixup import TFixup
@@ -56,6 +57,7 @@ __all__ = [
     "Fixup",
     "Initialisation",
     "Kaiming",
+    "Normal",
     "Orthogonal",
     "Role",
     "Site",

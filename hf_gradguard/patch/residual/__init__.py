@@ -23,6 +23,7 @@ with the dataclass of its options and of what is known of it; see `patch`. A fur
 """
 
 from hf_gradguard.patch.residual.branch_scale import BranchScale
+from hf_gradguard.patch.residual.completep import CompleteP
 from hf_gradguard.patch.residual.deepnorm import DeepNorm, DeepNormScale
 from hf_gradguard.patch.residual.gru_gate import GRUGate, GRUPatch
 from hf_gradguard.patch.residual.highway_gate import HighwayGate, HighwayPatch
@@ -40,6 +41,7 @@ from hf_gradguard.patch.residual.skipinit import SkipInit
 
 __all__ = [
     "BranchScale",
+    "CompleteP",
     "DeepNorm",
     "DeepNormScale",
     "GRUGate",

@@ -28,9 +28,8 @@ class DeepNorm(MultiplierPatch):
     initialisation and not part of this rule.
 
     A norm does not see the scale of its input: norm(α·x + y) with ε is norm(x + y ÷ α) with ε ÷ α². That is how it is
-    computed, by a constant gain and a changed ε, and it differs from the paper's form by rounding alone. `install`
-    changes the norms' ε and `uninstall` restores it; `attach` alone does not. What is left when the gains are folded is
-    the changed ε, which is no weight: a stock model has it only if its config can say so for these norms alone.
+    computed, by a constant gain and a changed ε, and it differs from the paper's form by rounding alone. What is left
+    when the gains are folded is the changed ε, which is no weight but a setting of the config.
     """
 
     summary = "norm(α·x + y), α by depth, in post-norm models; goes with init=deepnorm"
@@ -75,22 +74,12 @@ class DeepNormScale(Multiplier):
     def __init__(self, alpha: float) -> None:
         super().__init__(1 / alpha, learnable=False)
         self.alpha = alpha
-        self.eps: float | None = None
-        """What the norm's ε was; None if it is not changed."""
 
-    def enter(self, norm: nn.Module) -> None:
+    def norm_settings(self, norm: nn.Module) -> dict[str, float]:
         """See `NormAdjusting`: ε ÷ α²."""
         name = _eps_name(norm)
         assert name is not None, "refuse has seen to that"
-        eps: float = getattr(norm, name)
-        setattr(norm, name, eps / self.alpha**2)
-        self.eps = eps
-
-    def leave(self, norm: nn.Module) -> None:
-        """See `NormAdjusting`: the ε that it had."""
-        if self.eps is not None:
-            setattr(norm, str(_eps_name(norm)), self.eps)
-            self.eps = None
+        return {name: getattr(norm, name) / self.alpha**2}
 
 
 def _eps_name(norm: object) -> str | None:

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from torch import nn
 
 from hf_gradguard.patch.anatomy import Anatomy, Branch, read_architecture
+from hf_gradguard.patch.container import CONTAINER
 from hf_gradguard.patch.residual.patch import ResidualPatch, rules
-from hf_gradguard.patch.residual.rule import NormAdjusting
-from hf_gradguard.patch.taps import CONTAINER, attach, detach
+from hf_gradguard.patch.taps import attach
 
 
 def install(model: nn.Module, patch: str | ResidualPatch) -> Anatomy:
@@ -30,23 +30,7 @@ def install(model: nn.Module, patch: str | ResidualPatch) -> Anatomy:
         return anatomy
     if reason := found.refuse(anatomy):
         raise ValueError(reason)
-    attach(model, found.make(anatomy))
-    for branch, rule in installed(anatomy):
-        if isinstance(rule, NormAdjusting):
-            rule.enter(branch.norm.value)
-    return anatomy
-
-
-def uninstall(model: nn.Module) -> None:
-    """Takes all rules out of a model, which is then what it was before `install`, but for what training has changed.
-
-    Raises:
-        ValueError: there are none.
-    """
-    for branch, rule in installed(read_architecture(model)):
-        if isinstance(rule, NormAdjusting):
-            rule.leave(branch.norm.value)
-    detach(model)
+    return attach(model, found.make(anatomy))
 
 
 def installed(anatomy: Anatomy) -> Iterator[tuple[Branch, nn.Module]]:
@@ -57,6 +41,6 @@ def installed(anatomy: Anatomy) -> Iterator[tuple[Branch, nn.Module]]:
         served = {(branch,) for branch in layer.branches} | set(layer.junctions)
         for branches in sorted(served, key=lambda branches: branches[0].index):
             tap = getattr(taps, "_".join(branch.kind for branch in branches), None)
-            rule = None if tap is None else tap.shared[0] if tap.shared else tap.rule
+            rule = None if tap is None else tap.active_rule
             if rule is not None:
                 yield branches[0], rule

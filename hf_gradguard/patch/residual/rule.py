@@ -42,10 +42,7 @@ Rule = Gate | Scaling
 
 @runtime_checkable
 class NormAdjusting(Protocol):
-    """What a rule has, beside the above, that changes the norm its addition goes into, in a post-norm model."""
+    """What a rule has, beside the above, that needs other settings of the norm its addition goes into."""
 
-    def enter(self, norm: nn.Module) -> None:
-        """Changes the norm, when the rule has been put on a model."""
-
-    def leave(self, norm: nn.Module) -> None:
-        """Gives the norm back as it was, before the rule is taken away."""
+    def norm_settings(self, norm: nn.Module) -> dict[str, float]:
+        """Attributes of the norm with the values that they have while the rule is on the model."""
