@@ -7,6 +7,7 @@ slows both. Reported is the median of the ratios of neighbouring steps, with a 9
     python recipes/bench_overhead.py                         # watching GPT-2 small and BERT of 100 layers × 64 wide
     python recipes/bench_overhead.py --models bert --steps 200
     python recipes/bench_overhead.py --policies all          # each clipping rule and accumulation policy in turn
+    python recipes/bench_overhead.py --policies control      # two unguarded trainings: how well it measures
 
 A policy that holds windows back saves the optimizer's steps in between, so that its ratio can be below 1.
 """
@@ -62,7 +63,8 @@ def bert() -> tuple[nn.Module, int, int, int]:
 
 
 MODELS = {"gpt2": gpt2, "bert": bert}
-POLICIES: dict[str, dict[str, str]] = {
+POLICIES: dict[str, dict[str, str] | None] = {
+    "control": None,
     "watch": {},
     **{name: {"clip": name} for name in ("global", "layer", "agc", "autoclip", "zclip", "adagc")},
     "fixed": {"accumulate": "fixed:windows=4"},
@@ -71,7 +73,8 @@ POLICIES: dict[str, dict[str, str]] = {
     "norm_test": {"accumulate": "norm_test:max_windows=4"},
     "ramp": {"accumulate": "ramp:start=4,end=4"},
 }
-"""Options of the guard by a short name; the accumulation policies make an update of at most four windows."""
+"""Options of the guard by a short name; the accumulation policies make an update of at most four windows. The control
+is two unguarded trainings: what its ratio is away from 1 is the machine's doing."""
 
 
 class Turns(TrainerCallback):
@@ -118,8 +121,8 @@ class Quiet(GradGuardCallback):
         self.end("finished")
 
 
-def measure(name: str, max_grad_norm: float, steps: int, options: dict[str, str]) -> np.ndarray:
-    """Seconds of each step `[2, steps]`: unguarded, guarded with these options."""
+def measure(name: str, max_grad_norm: float, steps: int, options: dict[str, str] | None) -> np.ndarray:
+    """Seconds of each step `[2, steps]`: unguarded, guarded with these options (None: unguarded, too)."""
     turns = Turns(2)
     threads = []
     for player, guarded in enumerate((False, True)):
@@ -138,7 +141,7 @@ def measure(name: str, max_grad_norm: float, steps: int, options: dict[str, str]
             disable_tqdm=True,
             dataloader_pin_memory=torch.cuda.is_available(),
         )
-        callbacks = [turns.of(player), *([Quiet(**options)] if guarded else [])]
+        callbacks = [turns.of(player), *([Quiet(**options)] if guarded and options is not None else [])]
         data = [{"input_ids": ids, "labels": ids} for ids in tokens]
         trainer = Trainer(model, arguments, train_dataset=data, callbacks=callbacks)
         trainer.pop_callback(next(c for c in trainer.callback_handler.callbacks if "Printer" in type(c).__name__))
