@@ -45,6 +45,10 @@ class Container(nn.Module):
         self.settings.append((owner, name, getattr(owner, name)))
         setattr(owner, name, value)
 
+    def old_settings(self, owner: nn.Module) -> dict[str, Any]:
+        """The attributes of a module that `set` has changed, as they were."""
+        return {name: value for module, name, value in reversed(self.settings) if module is owner}
+
     def after_linear(self, layer: nn.Module, path: str, hook: Callable[..., Any]) -> None:
         """A forward hook on a linear module of the layer, or on the adapter that PEFT puts in its place later."""
         module = layer.get_submodule(path)

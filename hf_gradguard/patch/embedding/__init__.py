@@ -17,7 +17,7 @@ One small dataclass each, that makes a module for the stream as it enters a stac
 """
 
 from hf_gradguard.patch.embedding.norm import NormedEmbedding
-from hf_gradguard.patch.embedding.patch import EmbeddingPatch, Entry, embeddings, hang
+from hf_gradguard.patch.embedding.patch import EmbeddingPatch, Entry, embeddings, hang, hung
 from hf_gradguard.patch.embedding.unit_rms import Gain, UnitRMS
 
-__all__ = ["EmbeddingPatch", "Entry", "Gain", "NormedEmbedding", "UnitRMS", "embeddings", "hang"]
+__all__ = ["EmbeddingPatch", "Entry", "Gain", "NormedEmbedding", "UnitRMS", "embeddings", "hang", "hung"]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, ClassVar, Protocol
 
 from torch import nn
 
 from hf_gradguard.patch.anatomy import Anatomy, Stack
-from hf_gradguard.patch.container import alike, container_of
+from hf_gradguard.patch.container import CONTAINER, alike, container_of
 from hf_gradguard.registry import Registry
 
 
@@ -64,3 +65,11 @@ def hang(anatomy: Anatomy, patch: EmbeddingPatch) -> None:
             entry = Entry(alike(module, first.branches[0].output.weight))
             container.add_module("embedding", entry.train(first.module.training))
             container.hold(first.module.register_forward_pre_hook(entry.before_layer, with_kwargs=True))
+
+
+def hung(anatomy: Anatomy) -> Iterator[tuple[Stack, nn.Module]]:
+    """The stacks that have a patch in front of them, each with the module that `EmbeddingPatch.make` gave."""
+    for stack in anatomy.stacks:
+        entry = getattr(getattr(stack.layers[0].module, CONTAINER, None), "embedding", None)
+        if entry is not None:
+            yield stack, entry.module
