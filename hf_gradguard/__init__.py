@@ -10,21 +10,50 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from wrapt import register_post_import_hook
+
 if TYPE_CHECKING:
     from hf_gradguard.callback import GradGuardCallback
     from hf_gradguard.config import GradGuardConfig
     from hf_gradguard.guard import GradGuard
+    from hf_gradguard.patch.architectures import list_architectures, register_architecture
+    from hf_gradguard.patch.config import PatchConfig
+    from hf_gradguard.patch.loading import load_patched
+    from hf_gradguard.patch.model import patch_model, unpatch_model
+    from hf_gradguard.patch.optimizer import param_groups
     from hf_gradguard.record.reader import RunRecord
 
 __version__ = "0.1.0"
-__all__ = ["GradGuard", "GradGuardCallback", "GradGuardConfig", "RunRecord"]
+__all__ = [
+    "GradGuard",
+    "GradGuardCallback",
+    "GradGuardConfig",
+    "PatchConfig",
+    "RunRecord",
+    "list_architectures",
+    "load_patched",
+    "param_groups",
+    "patch_model",
+    "register_architecture",
+    "unpatch_model",
+]
 
 _HOME = {
     "GradGuard": "guard",
     "GradGuardCallback": "callback",
     "GradGuardConfig": "config",
+    "PatchConfig": "patch.config",
     "RunRecord": "record.reader",
+    "list_architectures": "patch.architectures",
+    "load_patched": "patch.loading",
+    "param_groups": "patch.optimizer",
+    "patch_model": "patch.model",
+    "register_architecture": "patch.architectures",
+    "unpatch_model": "patch.model",
 }
+
+# `from_pretrained` must know patched checkpoints from now on; that is no reason to import Transformers here.
+register_post_import_hook("hf_gradguard.integrations.loading:register", "transformers.quantizers")
 
 
 def __getattr__(name: str) -> Any:

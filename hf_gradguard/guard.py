@@ -25,6 +25,7 @@ from hf_gradguard.act.policies import Policies
 from hf_gradguard.backends.dtensor import is_sharded
 from hf_gradguard.config import GradGuardConfig
 from hf_gradguard.events import ROUTINE, Event
+from hf_gradguard.integrations import optimizer_check
 from hf_gradguard.integrations.loop import ForwardPasses
 from hf_gradguard.integrations.scaler import unscale_once
 from hf_gradguard.judge import SEVERITY, Judge, Verdict, stacks_of
@@ -69,7 +70,8 @@ class GradGuard:
             somebody calls `begin_micro_batch`.
 
     Raises:
-        ValueError: the model has no trainable parameter, or a policy can't work with this model or way of training.
+        ValueError: the model has no trainable parameter, a policy can't work with this model or way of training, or the
+            model is patched and needs an optimizer of `param_groups`.
         OSError: the record can't be written.
 
     Example:
@@ -98,6 +100,8 @@ class GradGuard:
         is_main: bool | None = None,
         watch_forward: bool = True,
     ) -> None:
+        if optimizer is not None:
+            optimizer_check.refuse(optimizer)
         self.config = GradGuardConfig.from_dict(config) if isinstance(config, dict) else config or GradGuardConfig()
         self.layout: Layout
         self.reading: Reading | None = None

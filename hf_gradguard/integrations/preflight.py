@@ -10,6 +10,7 @@ import torch
 from transformers import Trainer
 
 from hf_gradguard.config import GradGuardConfig
+from hf_gradguard.integrations import optimizer_check
 from hf_gradguard.observe.eager import uncompiled
 from hf_gradguard.observe.random_state import RandomState
 
@@ -20,8 +21,11 @@ def refuse(trainer: Trainer, config: GradGuardConfig) -> None:
     """Raises for what can't be trained at all, or not with this configuration.
 
     Raises:
-        ValueError: no parameter is trainable, the training dataset is empty, or a policy can't do what it should.
+        ValueError: no parameter is trainable, the training dataset is empty, a policy can't do what it should, or the
+            model is patched and needs another optimizer.
     """
+    if trainer.optimizer is not None:
+        optimizer_check.refuse(trainer.optimizer)
     fsdp = getattr(trainer.accelerator.state, "fsdp_plugin", None)
     if fsdp is not None and getattr(fsdp, "fsdp_version", 1) == 1:
         raise ValueError(

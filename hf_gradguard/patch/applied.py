@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from hf_gradguard.integrations.optimizer_check import OptimizerCheck
 from hf_gradguard.patch.activation import ReplacedActivation
 from hf_gradguard.patch.anatomy import configs
 from hf_gradguard.patch.config import PatchConfig
@@ -31,6 +32,8 @@ class AppliedPatch:
     activation: ReplacedActivation | None = None
     original: dict[str, Tensor] | None = None
     """With `keep_original`: every weight as it was, on the CPU."""
+    check: OptimizerCheck | None = None
+    """Where the residual rule scales the optimizer's options: sees that they are."""
     settings: dict[str, Any] = field(default_factory=dict)
     """Fields of the model's config that the patch has changed, with what they were."""
 
@@ -41,6 +44,7 @@ class AppliedPatch:
     def take_away(self, model: PreTrainedModel) -> None:
         """Leaves the model as it was, but for what has happened to its weights; those too, where they were kept."""
         remove_all(model)
+        self.check = None
         if self.activation is not None:
             self.activation.restore()
         for config in configs(model):

@@ -57,6 +57,13 @@ def _is_scaled_twice(setting: Setting) -> bool:
     return setting.name("init") is None and not setting.is_pretrained and _type(setting) == "gpt2"
 
 
+def _has_another_width(setting: Setting) -> bool:
+    if setting.name("residual") != "completep" or setting.name("init") not in (None, "normal") or setting.is_pretrained:
+        return False
+    config = setting.config
+    return getattr(config.residual_patch, "base_width", None) != getattr(config.initialisation, "base_width", None)
+
+
 def _type(setting: Setting) -> str:
     return setting.before.architecture.model_type
 
@@ -76,6 +83,11 @@ CONFLICTS: tuple[Conflict, ...] = (
         _is_scaled_twice,
         "residual={residual!r} scales every branch by depth, and so does the initialisation (init={init!r}): branches "
         "are scaled twice; use init='normal'",
+    ),
+    Conflict(
+        _has_another_width,
+        "residual={residual!r} and init={init!r} are for models of different width: learning rates do not fit the "
+        "weights; give the same base_width to both, as in init='normal:base_width=256', or to neither",
     ),
     Conflict(
         lambda s: s.name("norm") == "sandwich" and s.name("init") in _DEPTH_SCALED,

@@ -10,6 +10,7 @@ from torch import Generator, Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_gradguard.backends.dtensor import is_sharded
+from hf_gradguard.integrations.optimizer_check import OptimizerCheck
 from hf_gradguard.patch import conflicts, embedding
 from hf_gradguard.patch.activation import replace_activation
 from hf_gradguard.patch.anatomy import Anatomy, Branch, configs, pretrained, read_architecture
@@ -133,6 +134,10 @@ def build(model: PreTrainedModel, config: PatchConfig) -> AppliedPatch:
         make_rule: MakeRule = _no_rule if rule is None else rule.make(conversion.anatomy)
         attach_to(conversion.anatomy, make_rule, conversion.taps)
         conversion.hang()
+        if rule is not None:
+            rule.hang(conversion.anatomy)
+            if rule.optimizer_scaling(conversion.anatomy) is not None:
+                applied.check = OptimizerCheck(model, str(config.residual))
         if config.attention_patch is not None:
             config.attention_patch.hang(anatomy)
     except BaseException:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -15,19 +15,22 @@ class Preset:
         fixed: every part with its text.
         summary: what it is, in one line.
         citation: authors, year, arXiv number.
+        shared: options that another part has to be told, too, with that part.
     """
 
     main: str
     fixed: Mapping[str, str]
     summary: str
     citation: str
+    shared: Mapping[str, str] = field(default_factory=dict)
 
     def parts(self, options: str = "") -> dict[str, str]:
         """Every part with its text, the main one with these options."""
         parts = dict(self.fixed)
-        if options:
-            separator = "," if ":" in parts[self.main] else ":"
-            parts[self.main] += separator + options
+        for option in filter(None, options.split(",")):
+            other = self.shared.get(option.partition("=")[0].strip())
+            for part in (self.main, *([] if other is None else [other])):
+                parts[part] += ("," if ":" in parts[part] else ":") + option
         return parts
 
 
@@ -73,6 +76,7 @@ PRESETS: dict[str, Preset] = {
         fixed={"residual": "completep", "norm": "pre", "init": "normal", "embedding": "unit_rms"},
         summary="pre-norm with every branch × 1/N; learning rates and epsilon by param_groups",
         citation="Dey et al. 2025, arXiv 2505.01618",
+        shared={"base_width": "init"},
     ),
     "sandwich": Preset(
         main="norm",

@@ -97,6 +97,9 @@ def written_out(spec: str, branch: Branch, w: Weights, cells: dict[str, Tensor],
     if name == "deepnorm":  # with ε scaled, for the norm that follows
         a = alpha(branch, depths, crossed)
         return lambda x, y: a * x + y
+    if name == "completep":
+        s = branch.depth**-1.0 if not options else (branch.depth / 8) ** -0.5
+        return lambda x, y: x + s * y
     if name == "branch_scale":
         s = 1 / math.sqrt((3 if crossed else 2) * branch.depth) if not options else branch.depth**-0.7
         return lambda x, y: x + s * y

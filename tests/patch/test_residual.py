@@ -166,6 +166,10 @@ def test_layerscale_begins_by_depth(depth: int, start: float) -> None:
         ("branch_scale:scale=0.25", "gpt2", 0.25),
         ("branch_scale:exponent=0.5", "gpt2", 1 / 5**0.5),
         ("branch_scale:exponent=1,base_depth=2", "gpt2", 2 / 5),
+        ("completep", "gpt2", 1 / 5),
+        ("completep:base_depth=2", "gpt2-cross", 2 / 5),
+        ("completep:alpha=0.5", "gpt2", 1 / 5**0.5),
+        ("completep:base_width=4", "gpt2", 1 / 5),
     ],
 )
 def test_a_constant_gain_by_depth(spec: str, name: str, expected: float) -> None:
@@ -241,6 +245,7 @@ def test_a_rule_folds_or_says_why_not(name: str) -> None:
         "rezero:init=0.5,shared=False",
         "layerscale:init=0.1",
         "branch_scale:exponent=1,base_depth=4",
+        "completep:alpha=0.5,base_depth=4,base_width=8",
         "gru_gate:bias=1,relu=false",
         "lstm_gate:forget_bias=2",
     ],
@@ -256,7 +261,7 @@ def test_a_rule_is_the_same_after_it_was_written_as_text(spec: str) -> None:
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("rezro", r"unknown residual rule 'rezro'; did you mean 'rezero'\?\. Known: branch_scale, deepnorm"),
+        ("rezro", r"unknown residual rule 'rezro'; did you mean 'rezero'\?\. Known: branch_scale, completep, deepnorm"),
         ("layerscale:initial=1", r"unknown option 'initial'; did you mean 'init'\?"),
         ("layerscale:init=inf", "init=inf must be a finite number"),
         ("rezero:init=nan", "init=nan must be a finite number"),
@@ -267,6 +272,9 @@ def test_a_rule_is_the_same_after_it_was_written_as_text(spec: str) -> None:
         ("branch_scale:scale=1,exponent=1", "scale=1.0 and exponent=1.0 both say what s is; give one"),
         ("branch_scale:base_depth=2", "base_depth=2 has a meaning only with exponent"),
         ("branch_scale:exponent=1,base_depth=0", "base_depth=0 must be a whole number of at least 1"),
+        ("completep:alpha=0", "alpha=0.0 must be above 0"),
+        ("completep:base_depth=0", "base_depth=0 must be a whole number of at least 1"),
+        ("completep:base_width=0", "base_width=0 must be a whole number of at least 1"),
         ("gru_gate:bias=nan", "bias=nan must be a finite number"),
         ("highway_gate:bias=inf", "bias=inf must be a finite number"),
         ("output_gate:bias=inf", "bias=inf must be a finite number"),

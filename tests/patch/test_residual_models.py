@@ -25,6 +25,8 @@ WEIGHING = {"gru_gate", "highway_gate", "lstm_gate"}
 SPECS = [
     "branch_scale",
     "branch_scale:exponent=0.7",
+    "completep",
+    "completep:base_depth=8,alpha=0.5",
     "deepnorm",
     "gru_gate",
     "gru_gate:relu=false",

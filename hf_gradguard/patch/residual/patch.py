@@ -9,6 +9,7 @@ from typing import ClassVar, Literal, Protocol
 from torch import Tensor, nn
 
 from hf_gradguard.patch.anatomy import Anatomy, Branch
+from hf_gradguard.patch.residual.factors import ScaleOptimizer
 from hf_gradguard.patch.residual.multiplier import Multiplier
 from hf_gradguard.patch.residual.rule import Rule
 from hf_gradguard.registry import Registry
@@ -48,6 +49,13 @@ class ResidualPatch(Protocol):
         """
         ...
 
+    def hang(self, anatomy: Anatomy) -> None:
+        """Puts in place what the rule needs beside its modules on the branches, with hooks that a container holds.
+
+        Args:
+            anatomy: the model's, with those modules on it.
+        """
+
     def gain(self, rule: nn.Module) -> Tensor | float | None:
         """What the branch's output weight and bias have to be multiplied with to do without the rule.
 
@@ -56,6 +64,15 @@ class ResidualPatch(Protocol):
 
         Returns:
             One number, [1], or one for each output feature, [width]; None where the rule has no such equivalent.
+        """
+        return None
+
+    def optimizer_scaling(self, anatomy: Anatomy) -> ScaleOptimizer | None:
+        """What the optimizer's options have to be multiplied with, for each place of the model; None where the rule
+        asks nothing of the optimizer. A model with a rule that does is trained with `param_groups` alone.
+
+        Args:
+            anatomy: the model's.
         """
         return None
 
