@@ -25,7 +25,7 @@ from hf_gradguard.act.policies import Policies
 from hf_gradguard.backends.dtensor import is_sharded
 from hf_gradguard.config import GradGuardConfig
 from hf_gradguard.events import ROUTINE, Event
-from hf_gradguard.integrations import optimizer_check
+from hf_gradguard.integrations import optimizer_check, patch_check
 from hf_gradguard.integrations.loop import ForwardPasses
 from hf_gradguard.integrations.scaler import unscale_once
 from hf_gradguard.judge import SEVERITY, Judge, Verdict, stacks_of
@@ -100,6 +100,7 @@ class GradGuard:
         is_main: bool | None = None,
         watch_forward: bool = True,
     ) -> None:
+        patch_check.refuse(model)
         if optimizer is not None:
             optimizer_check.refuse(optimizer)
         self.config = GradGuardConfig.from_dict(config) if isinstance(config, dict) else config or GradGuardConfig()

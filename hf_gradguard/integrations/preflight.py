@@ -10,7 +10,7 @@ import torch
 from transformers import Trainer
 
 from hf_gradguard.config import GradGuardConfig
-from hf_gradguard.integrations import optimizer_check
+from hf_gradguard.integrations import optimizer_check, patch_check
 from hf_gradguard.observe.eager import uncompiled
 from hf_gradguard.observe.random_state import RandomState
 
@@ -39,6 +39,8 @@ def refuse(trainer: Trainer, config: GradGuardConfig) -> None:
     callbacks = [c for c in trainer.callback_handler.callbacks if hasattr(c, "guard") and hasattr(c, "config")]
     if acting and len(callbacks) > 1:
         raise ValueError(f"{len(callbacks)} guards on one trainer would both act on the same gradients; give it one")
+    if trainer.model is not None:
+        patch_check.refuse(trainer.model)
     if trainer.model is not None and not any(parameter.requires_grad for parameter in trainer.model.parameters()):
         raise ValueError(
             f"{type(trainer.model).__name__} has no trainable parameter: every requires_grad is False. "
