@@ -22,7 +22,7 @@ from hf_gradguard.patch.entry import (
     Rows,
     StackEntry,
 )
-from hf_gradguard.patch.parts import Part, Slot
+from hf_gradguard.patch.parts import Part, Slot, below_adapters
 
 
 @dataclass(frozen=True, eq=False)
@@ -262,7 +262,7 @@ class _Reader:
 
     def _part(self, layer: nn.Module, projection: Projection, role: str, name: str) -> Part:
         rows = projection if isinstance(projection, Rows) else Rows(projection, 0, of=1)
-        module = _below_adapters(self._module(layer, rows.module, role, name))
+        module = below_adapters(self._module(layer, rows.module, role, name))
         if not hasattr(module, "weight"):
             raise ValueError(
                 f"the entry {self.model_type!r} gives {rows.module!r} as {role}, but in {name} that is a "
@@ -323,11 +323,6 @@ class _Reader:
 
 def _is_present(layer: nn.Module, branch: BranchEntry) -> bool:
     return not branch.optional or hasattr(layer, branch.end.partition(".")[0])
-
-
-def _below_adapters(module: nn.Module) -> nn.Module:
-    """The module that PEFT put an adapter around, or the module itself."""
-    return module.get_base_layer() if hasattr(module, "get_base_layer") else module  # type: ignore[operator]
 
 
 def _called(root: nn.Module, name: str) -> str:

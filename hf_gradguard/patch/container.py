@@ -8,6 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from transformers.pytorch_utils import Conv1D
+
+from hf_gradguard.patch.parts import below_adapters
 
 CONTAINER = "gradguard_norm"
 """The child of a layer that holds all that a patch adds to it. Trainer gives no weight decay to anything whose name has
@@ -15,11 +18,12 @@ a step that ends in `_norm`, so nothing of a patch is decayed, whatever it is ca
 
 
 @dataclass(eq=False)
-class _End:
-    """A hook on a branch's last linear module, which PEFT may replace."""
+class _Following:
+    """A hook on a linear module, which PEFT may replace."""
 
     path: str
     hook: Callable[..., Any]
+    is_before: bool
     module: nn.Module
     handle: RemovableHandle
 
@@ -34,7 +38,8 @@ class Container(nn.Module):
         super().__init__()
         self.handles: list[RemovableHandle] = []
         self.settings: list[tuple[nn.Module, str, Any]] = []
-        self.ends: list[_End] = []  # no children, as they are not modules: what they hold stays where it is
+        self.frozen: list[tuple[nn.Module, str]] = []
+        self.following: list[_Following] = []  # no children, as they are not modules: what they hold stays where it is
 
     def hold(self, *handles: RemovableHandle) -> None:
         """Keeps hooks, to remove them with the container."""
@@ -49,28 +54,63 @@ class Container(nn.Module):
         """The attributes of a module that `set` has changed, as they were."""
         return {name: value for module, name, value in reversed(self.settings) if module is owner}
 
-    def after_linear(self, layer: nn.Module, path: str, hook: Callable[..., Any]) -> None:
-        """A forward hook on a linear module of the layer, or on the adapter that PEFT puts in its place later."""
+    def freeze(self, norm: nn.Module) -> None:
+        """Takes a norm that is off out of training until the container is taken away: it gets no gradient, for which
+        DDP would wait, and an optimizer needs no state for it."""
+        self.frozen += [(norm, name) for name, parameter in norm.named_parameters() if parameter.requires_grad]
+        self.keep_frozen()
+
+    def keep_frozen(self) -> None:
+        """Freezes anew what is frozen: for loading, which puts other parameters in place of those that were there."""
+        for norm, name in self.frozen:
+            norm.get_parameter(name).requires_grad_(False)
+
+    def before(self, layer: nn.Module, path: str, hook: Callable[..., Any]) -> None:
+        """A forward pre-hook, with keyword arguments, on a module of the layer, or on the adapter that PEFT puts in
+        place of a linear one later."""
+        self._hang(layer, path, hook, is_before=True)
+
+    def after(self, layer: nn.Module, path: str, hook: Callable[..., Any]) -> None:
+        """A forward hook on a module of the layer, or on the adapter that PEFT puts in place of a linear one later."""
+        self._hang(layer, path, hook, is_before=False)
+
+    def _hang(self, layer: nn.Module, path: str, hook: Callable[..., Any], *, is_before: bool) -> None:
         module = layer.get_submodule(path)
-        if not self.ends:
+        handle = _register(module, hook, is_before)
+        if not _is_linear(module):
+            self.hold(handle)
+            return
+        if not self.following:
             self.hold(layer.register_forward_pre_hook(self.follow))
-        self.ends.append(_End(path, hook, module, module.register_forward_hook(hook)))
+        self.following.append(_Following(path, hook, is_before, module, handle))
 
     def follow(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
-        """Before the layer: takes a hook along to the module that stands where its own was, as PEFT's adapters do."""
-        for end in self.ends:
-            module = layer.get_submodule(end.path)
-            if module is not end.module:
-                end.handle.remove()
-                end.module, end.handle = module, module.register_forward_hook(end.hook)
+        """Before the layer: takes hooks along to the modules that stand where theirs were, as PEFT's adapters do."""
+        for each in self.following:
+            module = layer.get_submodule(each.path)
+            if module is not each.module:
+                each.handle.remove()
+                each.module, each.handle = module, _register(module, each.hook, each.is_before)
 
     def remove(self, layer: nn.Module) -> None:
         """Leaves the layer as it was before `container_of` made this."""
-        for handle in [*self.handles, *(end.handle for end in self.ends)]:
+        for handle in [*self.handles, *(each.handle for each in self.following)]:
             handle.remove()
+        for norm, name in self.frozen:
+            norm.get_parameter(name).requires_grad_(True)
         for owner, name, value in reversed(self.settings):
             setattr(owner, name, value)
         delattr(layer, CONTAINER)
+
+
+def _register(module: nn.Module, hook: Callable[..., Any], is_before: bool) -> RemovableHandle:
+    if is_before:
+        return module.register_forward_pre_hook(hook, with_kwargs=True)
+    return module.register_forward_hook(hook)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(below_adapters(module), nn.Linear | Conv1D)
 
 
 def container_of(layer: nn.Module) -> Container:

@@ -108,3 +108,8 @@ class Part:
     def _own(self, tensor: Tensor) -> Tensor:
         """A view of this part of a tensor whose first axis is the output features: [groups, length, …]."""
         return tensor.view(self.groups, -1, *tensor.shape[1:]).narrow(1, self.start, self.length)
+
+
+def below_adapters(module: nn.Module) -> nn.Module:
+    """The module that PEFT put an adapter around, or the module itself."""
+    return module.get_base_layer() if hasattr(module, "get_base_layer") else module  # type: ignore[operator]

@@ -222,19 +222,14 @@ class _LayerTaps:
 
 
 def _hook(container: Container, layer: Layer, tap: Tap, branches: Sequence[Branch]) -> None:
-    def after(branch: Branch, hook: Callable[..., Any]) -> None:
-        if branch.entry.end == branch.entry.output:
-            container.after_linear(layer.module, branch.entry.end, hook)
-        else:
-            container.hold(branch.end.register_forward_hook(hook))
-
+    first, last = branches[0], branches[-1]
     if not (_is_gate(tap.active_rule) or tap.joined_norm is not None or tap.moved_norm):
-        after(branches[0], tap.scale)
+        container.after(layer.module, first.entry.end, tap.scale)
         return
-    container.hold(branches[0].residual.module.register_forward_pre_hook(tap.see, with_kwargs=True))
+    container.before(layer.module, first.entry.residual.module, tap.see)
     for branch in branches[:-1]:
-        after(branch, tap.hold)
-    after(branches[-1], tap.join)
+        container.after(layer.module, branch.entry.end, tap.hold)
+    container.after(layer.module, last.entry.end, tap.join)
 
 
 def attach(model: nn.Module, make_rule: MakeRule) -> Anatomy:

@@ -3,7 +3,7 @@
 A norm that has to act elsewhere is called by a hook there, and switched off where the model calls it: a hook after it
 gives back what it got. (What it computes there for nothing is small beside the branch; compiled code leaves it out.)
 On an addition in a pre-norm model it is the branch's tap that calls it; see `taps`. New norms, on outputs and at the
-end, are of the kind of those that the layer has, with weight one and bias zero.
+end, are of the kind of those that the layer has, with weight one and bias zero. Norms that act nowhere are frozen.
 """
 
 from __future__ import annotations
@@ -92,6 +92,7 @@ class Conversion:
                 _hang_final(last, self.final_norms[stack])
             elif not self.placement.final and stack.final_norm is not None:
                 _hang_bypass(last, stack.final_norm.value, "final_moved", 0)
+                container_of(last.module).freeze(stack.final_norm.value)
 
 
 def convert(anatomy: Anatomy, placement: Placement | None) -> Conversion:
@@ -139,8 +140,9 @@ def _move(layer: Layer, branch: Branch, placement: Placement) -> None:
         return
     moved = _hang_bypass(layer, norm, f"{branch.kind}_moved", branch.input.argument)
     if placement.own == "input":
-        handle = branch.input.module.register_forward_pre_hook(moved.normalise, with_kwargs=True)
-        container_of(layer.module).hold(handle)
+        container_of(layer.module).before(layer.module, branch.entry.input.module, moved.normalise)
+    elif placement.own == "off":
+        container_of(layer.module).freeze(norm)
 
 
 def _hang_bypass(layer: Layer, norm: nn.Module, name: str, argument: int | str) -> MovedNorm:
