@@ -179,6 +179,9 @@ def _judge(config: PatchConfig, anatomy: Anatomy, *, is_pretrained: bool) -> Non
     after = convert(anatomy, placement).anatomy
     if config.residual_patch is not None and (reason := config.residual_patch.refuse(after)):
         raise ValueError(reason)
+    if config.embedding_patch is not None:
+        for stack in anatomy.stacks:
+            config.embedding_patch.make(stack)  # only to see whether it can be made
     for reason, is_refused in conflicts.found(conflicts.Setting(config, anatomy, after, is_pretrained)):
         if is_refused:
             raise ValueError(reason)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,13 +51,13 @@ class UnitRMS(EmbeddingPatch):
         """See `EmbeddingPatch`."""
         if stack.embedding_norm is not None:
             return None
-        square = sum(_mean_square(module) for module in stack.embeddings)
-        if stack.embedding_projection is not None:
-            square = _projected(stack)
-        if not square > 0:
+        if any(_weight(module).is_meta for module in stack.embeddings):
+            return Gain(1.0)  # its value comes with the model's
+        square = _mean_square(stack)
+        if not 0 < square < math.inf:
             raise ValueError(
-                f"embedding='unit_rms': the embeddings of the {stack.name} are all zero, so that no factor brings "
-                "their root mean square to 1; initialise the model first"
+                f"embedding='unit_rms': the embeddings of the {stack.name} have the mean square {square}, which no "
+                "factor brings to 1; initialise the model first"
             )
         return Gain(square**-0.5)
 
@@ -66,22 +67,33 @@ class UnitRMS(EmbeddingPatch):
         return module.gain.item()
 
 
-def _mean_square(module: Any) -> float:
-    """Mean square of the numbers that a lookup gives."""
-    scale = getattr(module, "embed_scale", None) or 1.0  # BART multiplies what it has looked up
+def _weight(module: Any) -> Tensor:
     weight: Tensor = module.weight
-    return 1.0 if weight.is_meta else scale**2 * weight.detach().double().square().mean().item()
+    return weight.detach()
 
 
-def _projected(stack: Stack) -> float:
-    """Mean square of the sum of the embeddings where the token embeddings, narrower, go through a projection."""
+def _mean_square(stack: Stack) -> float:
+    """Mean square of the sum of what the lookups give, each at a random place of its own: E|Σe|² = ΣE|e|² + |ΣEe|² −
+    Σ|Ee|². The last two matter where embeddings have means that are not zero, as trained ones do."""
     tokens, *others = stack.embeddings
-    embedding: Any = tokens
-    projection: Any = stack.embedding_projection
-    if embedding.weight.is_meta:
-        return 1.0
-    weight = embedding.weight.detach().double()
+    moments = [_projected(tokens, stack.embedding_projection), *map(_moments, others)]
+    mean = torch.stack([mean for mean, _ in moments])
+    return float(sum(square for _, square in moments) + mean.sum(0).square().mean() - mean.square().sum(0).mean())
+
+
+def _moments(module: Any) -> tuple[Tensor, float]:
+    """The mean vector of what a lookup gives [width], on the CPU in float64, and the mean square of its numbers."""
+    scale = getattr(module, "embed_scale", None) or 1.0  # BART multiplies what it has looked up
+    weight = _weight(module)
+    square = torch.linalg.vector_norm(weight, dtype=torch.float64).item() ** 2 / weight.numel()
+    return scale * weight.mean(0, dtype=torch.float64).cpu(), scale**2 * square
+
+
+def _projected(module: Any, projection: Any) -> tuple[Tensor, float]:
+    """As `_moments`, where what is looked up is narrower than the stream and goes through a linear map."""
+    if projection is None:
+        return _moments(module)
+    mean, _ = _moments(module)
+    matrix, weight = _weight(projection).double().cpu(), _weight(module).double().cpu()
     second_moment = weight.T @ weight / len(weight)
-    matrix = projection.weight.detach().double()
-    tokens_square = ((matrix @ second_moment) * matrix).sum().item() / len(matrix)
-    return float(tokens_square + sum(map(_mean_square, others)))
+    return matrix @ mean, ((matrix @ second_moment) * matrix).sum().item() / len(matrix)
