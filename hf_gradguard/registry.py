@@ -51,6 +51,10 @@ class Registry(Generic[P]):
         """The names that `parse_optional` knows, sorted."""
         return sorted([*self._policies, *([] if self.absent is None else [self.absent])])
 
+    def classes(self) -> dict[str, type]:
+        """The class of each policy by its name, sorted."""
+        return dict(sorted(self._policies.items()))
+
     def parse_optional(self, spec: str | P) -> P | None:
         """As `parse`, and None for the name that stands for no policy."""
         return None if isinstance(spec, str) and spec.strip() == self.absent else self.parse(spec)

@@ -55,3 +55,7 @@ def test_a_restored_skip_goes_on_counting() -> None:
 
 def test_observe_never_acts() -> None:
     assert [Observe().decide(bad) for bad in (True, False)] == ["observe", None]
+
+
+def test_the_classes_of_all_policies_can_be_listed() -> None:
+    assert policies.classes() == {"observe": Observe, "skip": Skip, "stop": Stop}
