@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from hf_gradguard.config import GradGuardConfig
     from hf_gradguard.guard import GradGuard
     from hf_gradguard.patch.architectures import list_architectures, register_architecture
+    from hf_gradguard.patch.catalogue import list_patches
     from hf_gradguard.patch.config import PatchConfig
+    from hf_gradguard.patch.fold import fold_patches
     from hf_gradguard.patch.loading import load_patched
     from hf_gradguard.patch.model import patch_model, unpatch_model
     from hf_gradguard.patch.optimizer import param_groups
@@ -30,7 +32,9 @@ __all__ = [
     "GradGuardConfig",
     "PatchConfig",
     "RunRecord",
+    "fold_patches",
     "list_architectures",
+    "list_patches",
     "load_patched",
     "param_groups",
     "patch_model",
@@ -44,7 +48,9 @@ _HOME = {
     "GradGuardConfig": "config",
     "PatchConfig": "patch.config",
     "RunRecord": "record.reader",
+    "fold_patches": "patch.fold",
     "list_architectures": "patch.architectures",
+    "list_patches": "patch.catalogue",
     "load_patched": "patch.loading",
     "param_groups": "patch.optimizer",
     "patch_model": "patch.model",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from typing import Protocol
@@ -26,9 +27,9 @@ class Command(Protocol):
 
 def commands() -> tuple[Command, ...]:
     """All commands, in the order in which the help lists them."""
-    from hf_gradguard.cli import compare, demo, report
+    from hf_gradguard.cli import compare, demo, fold, patches, report
 
-    return (demo, report, compare)
+    return (demo, patches, fold, report, compare)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,7 +44,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="replace")  # a terminal that can't show a sign must not end the command
     command: Command = args.command
     try:
-        return command.run(args)
+        code = command.run(args)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # whoever reads this has seen enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (ValueError, OSError) as error:
         return _complain(command, str(error))
     except ModuleNotFoundError as error:
