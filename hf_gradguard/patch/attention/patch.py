@@ -31,5 +31,9 @@ class AttentionPatch(Protocol):
         """Puts it on every attention branch, in place: modules into the layers' containers, and their hooks."""
         ...
 
+    def fold(self, anatomy: Anatomy) -> None:
+        """Merges it into the weights, in place and without gradient, so that they do without what `hang` has put there.
+        Not called where `unfoldable` says why that can't be."""
+
 
 attentions: Registry[AttentionPatch] = Registry("attention", absent="none", noun="patch")
