@@ -17,6 +17,7 @@ from hf_gradguard.patch.activation import replace_activation
 from hf_gradguard.patch.anatomy import configs, read_architecture
 from hf_gradguard.patch.applied import FIELD, FORMAT, QUANTIZATION, AppliedPatch, applied_to
 from hf_gradguard.patch.config import PatchConfig
+from hf_gradguard.patch.container import Container
 from hf_gradguard.patch.model import build
 
 _logger = logging.getLogger(__name__)
@@ -88,6 +89,9 @@ class Reconstruction:
         if missing or self._has_unmade_activation():
             self._build_anew({name: tensors[name] for name in self.new if name not in missing})
             self._tell(missing)
+        for module in self.model.modules():
+            if isinstance(module, Container):
+                module.keep_frozen()
         for config in configs(self.model):
             vars(config).pop(QUANTIZATION, None)
         setattr(self.model.config, QUANTIZATION, {"quant_method": METHOD})
