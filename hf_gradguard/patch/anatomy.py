@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hf_gradguard.patch.architectures import find_architecture
@@ -190,6 +191,15 @@ def configs(model: PreTrainedModel) -> list[Any]:
     """The configs of a model and of the models in it, each once: T5's stacks have copies."""
     found = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
     return list({id(config): config for config in found}.values())
+
+
+def own_configs(model: PreTrainedModel) -> None:
+    """Gives a model copies of its configs, the same to all of its modules: other models may have been made of them."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            if isinstance(value, PreTrainedConfig):
+                setattr(module, name, copy.deepcopy(value, memo))
 
 
 class _Reader:

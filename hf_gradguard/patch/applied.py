@@ -54,9 +54,14 @@ class AppliedPatch:
         delattr(model, ATTRIBUTE)
         if self.original is not None:
             with torch.no_grad():
-                state = model.state_dict()
+                state = {_without_adapters(name): tensor for name, tensor in model.state_dict().items()}
                 for name, tensor in self.original.items():
                     state[name].copy_(tensor)
+
+
+def _without_adapters(name: str) -> str:
+    """The name that a weight has without the adapters that PEFT has put around it."""
+    return ".".join(step for step in name.split(".") if step not in ("base_layer", "original_module"))
 
 
 def applied_to(model: nn.Module) -> tuple[PreTrainedModel, AppliedPatch] | None:

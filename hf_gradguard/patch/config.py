@@ -13,6 +13,7 @@ from hf_gradguard.patch.attention import AttentionPatch, attentions
 from hf_gradguard.patch.embedding import EmbeddingPatch, embeddings
 from hf_gradguard.patch.init import Initialisation, inits
 from hf_gradguard.patch.norm import NormPatch, norms
+from hf_gradguard.patch.presets import PRESETS
 from hf_gradguard.patch.residual import ResidualPatch, rules
 from hf_gradguard.registry import Registry, nearest
 
@@ -82,7 +83,9 @@ class PatchConfig:
         knows may stand without that part's name.
 
         Raises:
-            ValueError: something in it is unknown; the message has the nearest known name.
+            ValueError: something in it is unknown, in which case the message has the nearest known name, or a part is
+                given twice.
+            TypeError: it is no text and no configuration.
 
         Example:
             >>> str(PatchConfig.parse("rezero;init=xavier"))
@@ -92,17 +95,17 @@ class PatchConfig:
         """
         if isinstance(spec, PatchConfig):
             return spec
-        values: dict[str, str] = {}
-        for number, item in enumerate(filter(None, (item.strip() for item in spec.split(";")))):
-            part, separator, value = (word.strip() for word in item.partition("="))
-            if separator and part in cls.part_names():
-                values[part] = value
-            elif separator and ":" not in part:
-                known = cls.part_names()
-                raise ValueError(f"{spec!r}: unknown part {part!r}{nearest(part, known)}. Known: {', '.join(known)}")
-            else:
-                values |= _named(item, spec, is_first=number == 0)
-        return cls(**values)
+        if not isinstance(spec, str):
+            raise TypeError(f"a patch is text or a PatchConfig, not a {type(spec).__name__} (PatchConfig.from_dict)")
+        first, *others = [item.strip() for item in spec.split(";") if item.strip()] or [""]
+        preset = _preset(first)
+        given: dict[str, str] = {}
+        for item in others if preset else filter(None, (first, *others)):
+            part, value = _part(item, spec)
+            if part in given:
+                raise ValueError(f"{spec!r}: {part} is given twice, {given[part]!r} and {value!r}; leave one of them")
+            given[part] = value
+        return cls(**{**preset, **given})
 
     @classmethod
     def from_dict(cls, parts: Mapping[str, str]) -> PatchConfig:
@@ -150,22 +153,34 @@ class PatchConfig:
         return None if text is None else PARTS[part].parse(text)
 
 
-def _named(item: str, spec: str, *, is_first: bool) -> dict[str, str]:
-    """The parts that a name without a part stands for: a preset, or what a single registry knows."""
-    from hf_gradguard.patch.presets import PRESETS
-
+def _preset(item: str) -> dict[str, str]:
+    """The parts of a preset, given by its name and maybe options; nothing where it is none."""
     name, _, options = item.partition(":")
+    return PRESETS[name].parts(options) if name in PRESETS else {}
+
+
+def _part(item: str, spec: str) -> tuple[str, str]:
+    """A part and its text, from `part=text` or from a name that only one part knows."""
+    part, separator, value = (word.strip() for word in item.partition("="))
+    if separator and part in PatchConfig.part_names():
+        return part, value
+    if separator and ":" not in part:
+        known = PatchConfig.part_names()
+        raise ValueError(
+            f"{spec!r}: unknown part {part!r}{nearest(part, known)}. Known: {', '.join(known)}; parts are separated by "
+            "';'"
+        )
+    name = item.partition(":")[0]
+    names: dict[str, Any] = {part: registry.names() for part, registry in PARTS.items()} | {"activation": ACT2FN}
+    choice = [f"{part}={name}" for part, known in names.items() if name in known]
     if name in PRESETS:
-        if not is_first:
-            raise ValueError(f"{spec!r}: the preset {name!r} must come first; what follows replaces its parts")
-        return PRESETS[name].parts(options)
-    owners = [part for part, registry in PARTS.items() if name in registry.names()]
-    if len(owners) == 1:
-        return {owners[0]: item}
-    if len(owners) > 1:
-        choice = " or ".join(f"{part}={name}" for part in owners)
-        raise ValueError(f"{spec!r}: {name!r} can be {choice}; say which")
-    everything = {*PRESETS, *(known for registry in PARTS.values() for known in registry.names())}
+        alone = f", or write {' or '.join(choice)} for that part alone" if choice else ""
+        raise ValueError(f"{spec!r}: the preset {name!r} must come first, as what follows replaces its parts{alone}")
+    if len(choice) > 1:
+        raise ValueError(f"{spec!r}: {name!r} can be {' or '.join(choice)}; say which")
+    if choice:
+        return choice[0].partition("=")[0], item
+    everything = {*PRESETS, *(known for registry in names.values() for known in registry)}
     raise ValueError(
         f"unknown patch {name!r}{nearest(name, everything)}. Presets: {', '.join(PRESETS)}; or parts, such as "
         f"'residual=layerscale;norm=pre'. `gradguard patches` lists all"

@@ -70,11 +70,7 @@ def _type(setting: Setting) -> str:
 
 CONFLICTS: tuple[Conflict, ...] = (
     Conflict(
-        lambda s: (
-            s.name("residual") in ("rezero", "skipinit")
-            and s.name("init") == "fixup"
-            and getattr(s.config.residual_patch, "init", None) == 0
-        ),
+        lambda s: s.name("init") == "fixup" and getattr(s.config.residual_patch, "init", None) == 0,
         "residual={residual!r} begins with a gain of zero and init={init!r} with output weights of zero: each keeps "
         "the other's gradient at zero, and no branch would ever learn; use one of the two",
         is_refused=True,
@@ -110,6 +106,7 @@ CONFLICTS: tuple[Conflict, ...] = (
         lambda s: (
             s.config.residual_patch is not None
             and s.config.residual_patch.norm in ("pre", "none")
+            and not s.config.residual_patch.preserving
             and "post" in s.positions
         ),
         "residual={residual!r} is made for a stream that no norm is on, but this model normalises every sum "

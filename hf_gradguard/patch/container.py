@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
@@ -131,6 +133,8 @@ def remove_all(model: nn.Module) -> None:
     for layer in [module for module in model.modules() if hasattr(module, CONTAINER)]:
         container: Container = getattr(layer, CONTAINER)
         container.remove(layer)
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()  # compiled code does not look whether hooks are still there
 
 
 def alike(module: nn.Module, weight: Tensor) -> nn.Module:

@@ -13,7 +13,7 @@ from hf_gradguard.backends.dtensor import is_sharded
 from hf_gradguard.integrations.optimizer_check import OptimizerCheck
 from hf_gradguard.patch import conflicts, embedding
 from hf_gradguard.patch.activation import replace_activation
-from hf_gradguard.patch.anatomy import Anatomy, Branch, configs, pretrained, read_architecture
+from hf_gradguard.patch.anatomy import Anatomy, Branch, configs, own_configs, pretrained, read_architecture
 from hf_gradguard.patch.applied import ATTRIBUTE, FIELD, QUANTIZATION, AppliedPatch, applied_to
 from hf_gradguard.patch.config import PatchConfig
 from hf_gradguard.patch.norm import convert
@@ -64,19 +64,21 @@ def patch_model(
     inner = _patchable(model)
     anatomy = read_architecture(inner)
     initialisation = config.initialisation
-    if initialisation is not None and initialisation.needs_batch and batch is None:
+    is_measured = initialisation is not None and initialisation.needs_batch
+    if is_measured and batch is None:
         raise ValueError(
             f"init={config.init!r} measures the model on a batch and got none: patch_model(model, {str(patch)!r}, "
             "batch=next(iter(dataloader)))"
         )
-    if initialisation is None and batch is not None:
+    if batch is not None and not is_measured:
         raise ValueError(f"the patch {str(config)!r} measures nothing, so it needs no batch")
-    _judge(config, anatomy, is_pretrained=bool(inner.name_or_path))
-    original = _copy(inner) if keep_original or (initialisation is not None and initialisation.needs_batch) else None
+    _judge(config, anatomy, is_pretrained=_is_pretrained(inner))
+    original = _copy(inner) if keep_original or is_measured else None
+    own_configs(inner)
     applied = build(inner, config)
     try:
         if initialisation is not None:
-            initialisation.apply(anatomy, batch=batch if initialisation.needs_batch else None, generator=generator)
+            initialisation.apply(anatomy, batch=batch, generator=generator)
         if config.embedding_patch is not None:
             embedding.hang(anatomy, config.embedding_patch)
     except BaseException:
@@ -98,12 +100,17 @@ def unpatch_model(model: M) -> M:
         The same model.
 
     Raises:
-        ValueError: it is not patched.
+        ValueError: it is not patched, or its weights are to be restored and are sharded.
     """
     found = applied_to(model)
     if found is None:
         raise ValueError(f"this {type(model).__name__} is not patched")
     inner, applied = found
+    if applied.original is not None and any(map(is_sharded, inner.parameters())):
+        raise ValueError(
+            f"this {type(inner).__name__} is sharded, so that its old weights can't be written; save it, "
+            "and load it in one process"
+        )
     applied.take_away(inner)
     return model
 
@@ -155,19 +162,32 @@ def _patchable(model: nn.Module) -> PreTrainedModel:
     refuse_patched(inner)
     what = f"this {type(inner).__name__}"
     if model is not inner:
-        raise ValueError(f"{what} is inside a {type(model).__name__}; patch it before it is wrapped")
+        raise ValueError(f"{what} is inside another module ({type(model).__name__}); patch it before it is wrapped")
+    if any(_is_compiled(module) for module in inner.modules()):
+        raise ValueError(f"{what} is compiled, and would run on without the patch; patch it before it is compiled")
     if getattr(inner, "is_quantized", False) or getattr(inner, "hf_quantizer", None) is not None:
         raise ValueError(f"{what} is quantised, and its weights are not to be changed; patch it before it is quantised")
     for name, parameter in inner.named_parameters():
         if parameter.is_meta:
             raise ValueError(
-                f"{what} has no weights yet ({name} is on the meta device); load it first, or patch it then"
+                f"{what} has weights without values ({name} is on the meta device); load them, and patch it then"
             )
         if is_sharded(parameter):
             raise ValueError(f"{what} is sharded ({name} lies on several processes); patch it before it is sharded")
         if not (parameter.is_floating_point() or parameter.is_complex()):
             raise ValueError(f"{what} is quantised ({name} is {parameter.dtype}); patch it before it is quantised")
     return inner
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """Whether `module.compile()` was called, which only this attribute says."""
+    return getattr(module, "_compiled_call_impl", None) is not None
+
+
+def _is_pretrained(model: nn.Module) -> bool:
+    """Whether weights come from a checkpoint; Transformers marks those, and there is no public way to ask. The name in
+    the config does not tell, as a new model made of a checkpoint's config has it, too."""
+    return any(getattr(parameter, "_is_hf_initialized", False) for parameter in model.parameters())
 
 
 def _judge(config: PatchConfig, anatomy: Anatomy, *, is_pretrained: bool) -> None:
