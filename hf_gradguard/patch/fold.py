@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from hf_gradguard.backends.dtensor import is_sharded
 from hf_gradguard.patch.anatomy import Anatomy, Branch, Stack, read_architecture
 from hf_gradguard.patch.applied import AppliedPatch, applied_to
+from hf_gradguard.patch.attention import AttentionPatch
 from hf_gradguard.patch.container import CONTAINER, Container
 from hf_gradguard.patch.embedding import EmbeddingPatch, hung
 from hf_gradguard.patch.parts import Part
@@ -21,12 +22,15 @@ from hf_gradguard.patch.rescale import (
     is_layer_norm,
     readers,
     refuse_entries,
+    refuse_head,
     scale_entries,
+    scale_head,
     scale_input,
     scale_norm,
     scale_output,
 )
 from hf_gradguard.patch.residual import ResidualPatch
+from hf_gradguard.patch.residual.completep import CompleteP, OutputScale
 from hf_gradguard.patch.residual.install import installed
 
 M = TypeVar("M", bound=nn.Module)
@@ -54,6 +58,8 @@ def fold_patches(model: M) -> M:
     - A multiplier of the embeddings goes into all embeddings, or into the projection behind them. Output embeddings
       that are tied to them are untied, so that logits stay: the model has one matrix more then, and
       `config.tie_word_embeddings` is False. Whoever passes `inputs_embeds` has to take them from the folded model.
+    - A multiplier of what goes into the output embeddings goes into their weight; they are untied likewise.
+    - Multipliers of attention logits go into the query projections.
     - An activation stays where the config says it. An initialisation has nothing left to fold.
     - Gates, norms that act elsewhere and other parts that are no constant factors can't be folded.
 
@@ -108,6 +114,10 @@ class _Plan:
     """What norms give."""
     entries: dict[Stack, float] = field(default_factory=dict)
     """The streams into the first layers."""
+    head: float = 1.0
+    """The hidden states that go into the output embeddings."""
+    attention: AttentionPatch | None = None
+    """What folds itself."""
 
     def add(self, part: str, anatomy: Anatomy, applied: AppliedPatch) -> str | None:
         """Plans for one part of a patch; returns the reason where it can't be folded."""
@@ -121,7 +131,7 @@ class _Plan:
         if part == "activation" and applied.activation is not None and applied.activation.field is None:
             return f"no field of {type(anatomy.model.config).__name__} says which activation the model has"
         if part == "attention" and config.attention_patch is not None:
-            return config.attention_patch.unfoldable
+            return self._add_attention(config.attention_patch)
         return None
 
     def carry_out(self, anatomy: Anatomy) -> None:
@@ -133,6 +143,14 @@ class _Plan:
         for norm, factor in self.norms:
             scale_norm(norm, factor)
         scale_entries(anatomy, self.entries)
+        if self.head != 1:
+            scale_head(anatomy, self.head)
+        if self.attention is not None:
+            self.attention.fold(anatomy)
+
+    def _add_attention(self, patch: AttentionPatch) -> str | None:
+        self.attention = patch
+        return patch.unfoldable or ("it does not say how" if type(patch).fold is AttentionPatch.fold else None)
 
     def _add_embedding(self, anatomy: Anatomy, patch: EmbeddingPatch) -> str | None:
         factors = {}
@@ -167,7 +185,17 @@ class _Plan:
                     alphas[branch] = 1 / gain
                     continue
             self.outputs.append((branch.output, gain))
-        return self._add_streams(anatomy, alphas) if alphas else None
+        reason = self._add_streams(anatomy, alphas) if alphas else None
+        return reason or self._add_head(anatomy, patch)
+
+    def _add_head(self, anatomy: Anatomy, patch: ResidualPatch) -> str | None:
+        """Plans for what a rule has put beside its modules on the branches."""
+        if not isinstance(patch, CompleteP):
+            return None if type(patch).hang is ResidualPatch.hang else "it changes more than the branches"
+        for module in getattr(anatomy.model, CONTAINER, nn.Module()).children():
+            assert isinstance(module, OutputScale), "CompleteP has put nothing else there"
+            self.head = module.factor
+        return refuse_head(anatomy) if self.head != 1 else None
 
     def _add_streams(self, anatomy: Anatomy, alphas: dict[Branch, float]) -> str | None:
         """Plans to make the stream α times as large where it goes into some branches of a post-norm model."""

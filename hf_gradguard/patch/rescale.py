@@ -97,12 +97,21 @@ def refuse_entries(anatomy: Anatomy, factors: Mapping[Stack, float]) -> str | No
         for weight in weights:
             if scales.setdefault(weight, factor) != factor:
                 return f"stacks share their embeddings, and need them × {scales[weight]:.4g} and × {factor:.4g}"
-    if _are_tied(anatomy, scales) and (lost := _lost_ties(anatomy)):
-        return (
-            f"the output embeddings have to be untied from the input embeddings, and the same field of the config "
-            f"({TIED}) ties {lost}"
-        )
-    return None
+    return _refuse_untying(anatomy) if _are_tied(anatomy, scales) else None
+
+
+def scale_head(anatomy: Anatomy, factor: float) -> None:
+    """Multiplies what the output embeddings make of hidden states, but not their bias. They are untied from the input
+    embeddings before; `refuse_head` has to allow it."""
+    if _has_tied_head(anatomy):
+        _untie(anatomy)
+    head: Any = anatomy.output_embeddings
+    _scale(head.weight, factor)
+
+
+def refuse_head(anatomy: Anatomy) -> str | None:
+    """Why `scale_head` can't be done; None if it can."""
+    return _refuse_untying(anatomy) if _has_tied_head(anatomy) else None
 
 
 def is_layer_norm(norm: Any) -> bool:
@@ -115,6 +124,12 @@ def _is_behind(norm: Any, projection: Any) -> bool:
     return bool(norm.weight.numel() == projection.weight.shape[0])
 
 
+def _has_tied_head(anatomy: Anatomy) -> bool:
+    """Whether output embeddings have their weight in common with other modules."""
+    weight = getattr(anatomy.output_embeddings, "weight", None)
+    return sum(parameter is weight for _, parameter in anatomy.model.named_parameters(remove_duplicate=False)) > 1
+
+
 def _are_tied(anatomy: Anatomy, scales: Mapping[nn.Parameter, float]) -> bool:
     """Whether output embeddings are tied to something that is scaled, or would be in a model loaded with a head."""
     if getattr(anatomy.output_embeddings, "weight", None) in scales:
@@ -124,32 +139,38 @@ def _are_tied(anatomy: Anatomy, scales: Mapping[nn.Parameter, float]) -> bool:
 
 
 def _untie(anatomy: Anatomy) -> None:
-    """Gives the output embeddings a weight of their own."""
+    """Gives the output embeddings a weight and a bias of their own."""
     model, head = anatomy.model, anatomy.output_embeddings
     for config in configs(model):
         setattr(config, TIED, False)
     if head is not None:
-        weight: Any = head.weight
-        head.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+        for name, old in list(head.named_parameters(recurse=False)):
+            setattr(head, name, nn.Parameter(old.detach().clone(), requires_grad=old.requires_grad))
         if getattr(model.config, "scale_decoder_outputs", False):
             # T5 multiplies with 1/√d what goes into tied output embeddings, and takes their being untied for T5 1.1,
             # which does not
-            _scale(head.weight, model.config.d_model**-0.5)
+            _scale(head.get_parameter("weight"), model.config.d_model**-0.5)
             for config in configs(model):
                 config.scale_decoder_outputs = False
     model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
 
 
-def _lost_ties(anatomy: Anatomy) -> str:
-    """Names of other weights that would no longer be tied after loading the model untied."""
+def _refuse_untying(anatomy: Anatomy) -> str | None:
+    """Why output embeddings can't be untied from input embeddings: a model loaded untied lacks other ties, too."""
     model, head = anatomy.model, anatomy.output_embeddings
     config = copy.deepcopy(model.config)
     setattr(config, TIED, False)
     if getattr(type(config).from_dict(config.to_dict()), TIED):  # T5's config ties whatever it is told
-        return ""
-    own = {f"{name}.weight" for name, module in model.named_modules() if module is head}
-    ties = model.get_expanded_tied_weights_keys(all_submodels=True)
-    return ", ".join(sorted(ties.keys() - own))
+        return None
+    names = [name for name, module in model.named_modules() if module is head]
+    own = {f"{name}.{parameter}" for name in names for parameter in ("weight", "bias")}
+    lost = model.get_expanded_tied_weights_keys(all_submodels=True).keys() - own
+    if not lost:
+        return None
+    return (
+        f"the output embeddings have to be untied from the input embeddings, and the same field of the config ({TIED}) "
+        f"ties {', '.join(sorted(lost))}"
+    )
 
 
 def _scale(tensor: Tensor, factor: float) -> None:

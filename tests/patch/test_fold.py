@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from hf_gradguard.patch import CONTAINER, Anatomy, Branch, Multiplier, Scaling, activation, read_architecture, rescale
 from hf_gradguard.patch.applied import ATTRIBUTE
 from hf_gradguard.patch.fold import fold_patches
+from hf_gradguard.patch.loading import load_patched
 from hf_gradguard.patch.model import patch_model, unpatch_model
-from hf_gradguard.patch.residual import MultiplierPatch, ResidualPatch, rules
+from hf_gradguard.patch.residual import MultiplierPatch, ResidualPatch, SkipInit, rules
 from hf_gradguard.patch.residual.install import installed
 from tests.patch.models import ALL, CASES, logits
 
@@ -43,6 +44,9 @@ FOLDING = [
     *((name, spec) for name in PRE for spec in ("pre_ln_scaled", "layerscale:init=0.5", "norm=pre")),
     *((name, spec) for name in POST for spec in ("deepnorm", "residual=layerscale:init=0.5;norm=post")),
     *((name, "embedding=norm;skipinit") for name in NORMED if name != "opt-post"),
+    *((name, "completep:base_width=4") for name in PRE),
+    *((name, "skipinit;attention=logit_scale") for name in ALL if name != "qwen3"),
+    *((name, "residual=completep:base_width=4,alpha=0.5") for name in POST if name != "bart"),
 ]
 
 
@@ -179,6 +183,25 @@ def test_kept_weights_are_dropped() -> None:
     torch.testing.assert_close(outputs(model, "gpt2"), before, rtol=TOLERANCE, atol=TOLERANCE)
 
 
+@pytest.mark.parametrize(
+    ("name", "spec"),
+    [
+        ("gpt2", "pre_ln_scaled;activation=prelu"),
+        ("bart", "deepnorm"),
+        ("t5-gated", "layerscale:init=0.5;activation=relu"),
+    ],
+)
+def test_a_loaded_model_folds(name: str, spec: str, tmp_path: Path) -> None:
+    model = patched(name, spec)
+    model.save_pretrained(tmp_path)
+    before = outputs(model, name)
+    loaded = load_patched(type(model), tmp_path)
+    fold_patches(loaded)
+    torch.testing.assert_close(outputs(loaded, name), before, rtol=TOLERANCE, atol=TOLERANCE)
+    assert_stock(loaded)
+    assert getattr(loaded, "hf_quantizer", None) is None
+
+
 def test_dropout_is_as_before_the_patch_and_training_goes_on() -> None:
     model = patched("opt-pre", "residual=skipinit", dropout=0.3).train()
     fold_patches(model)
@@ -247,6 +270,8 @@ def assert_refused(model: Any, name: str, *words: str) -> None:
         ("gpt2", "embedding=norm", ["embedding='norm': a norm is not linear in the embeddings"]),
         ("gpt2", "deepnorm", ["norm='post'", "residual='deepnorm': it changes the ε of norms"]),
         ("bert", "lstm_gate;norm=sandwich;activation=relu", ["residual='lstm_gate'", "norm='sandwich'"]),
+        ("bart", "residual=completep:base_width=4", ["residual='completep:base_width=4': the output embeddings have"]),
+        ("gpt2", "attention=qk_norm;skipinit", ["attention='qk_norm': a norm is not linear in queries and keys"]),
         ("gpt2", "layerscale;embedding=norm;norm=post", ["embedding='norm'", "norm='post'"]),
     ],
 )
@@ -269,6 +294,18 @@ def test_a_rule_of_ones_own_folds_if_it_is_a_multiplier(monkeypatch: pytest.Monk
     before = outputs(model, "gpt2")
     fold_patches(model)
     torch.testing.assert_close(outputs(model, "gpt2"), before, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def test_a_rule_of_ones_own_that_changes_more_than_branches_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rules, "_policies", dict(rules._policies))
+
+    @rules.register("more")
+    @dataclass(frozen=True)
+    class More(SkipInit):
+        def hang(self, anatomy: Anatomy) -> None:
+            pass
+
+    assert_refused(patched("gpt2", "more"), "gpt2", "residual='more': it changes more than the branches")
 
 
 def test_a_rule_of_ones_own_that_names_no_gain_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -375,6 +412,9 @@ SAVED = {
     "bert": ("bert", "deepnorm;activation=relu", {}),
     "electra": ("electra", "deepnorm", {"layer_norm_eps": 1e-3}),
     "bart": ("bart", "deepnorm", {}),
+    "neox-queries": ("gpt_neox-sequential", "attention=logit_scale", {}),
+    "bert-untied": ("bert", "residual=completep:base_width=4", {}),
+    "t5-untied": ("t5", "completep:base_width=4", {}),
 }
 LOADING = """
 import json, sys, torch, transformers
