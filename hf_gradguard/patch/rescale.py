@@ -55,11 +55,9 @@ def entry_weights(stack: Stack) -> list[nn.Parameter]:
     """
     norm = None if stack.embedding_norm is None else stack.embedding_norm.value
     projection = stack.embedding_projection
+    if norm is not None and not is_layer_norm(norm):
+        raise ValueError(f"the embeddings go through a {type(norm).__name__}, which has no weight and bias to scale")
     if norm is not None and (projection is None or _is_behind(norm, projection)):
-        if not is_layer_norm(norm):
-            raise ValueError(
-                f"the embeddings go through a {type(norm).__name__}, which has no weight and bias to scale"
-            )
         return list(norm.parameters())
     if projection is None:
         modules: tuple[nn.Module, ...] = stack.embeddings
@@ -79,7 +77,8 @@ def scale_entries(anatomy: Anatomy, factors: Mapping[Stack, float]) -> None:
         anatomy: the model's.
         factors: what each stack's stream is multiplied with.
     """
-    scales = {weight: factor for stack, factor in factors.items() for weight in entry_weights(stack)}
+    changed = {stack: factor for stack, factor in factors.items() if factor != 1}
+    scales = {weight: factor for stack, factor in changed.items() for weight in entry_weights(stack)}
     if _are_tied(anatomy, scales):
         _untie(anatomy)
     for weight, factor in scales.items():
@@ -97,7 +96,8 @@ def refuse_entries(anatomy: Anatomy, factors: Mapping[Stack, float]) -> str | No
         for weight in weights:
             if scales.setdefault(weight, factor) != factor:
                 return f"stacks share their embeddings, and need them × {scales[weight]:.4g} and × {factor:.4g}"
-    return _refuse_untying(anatomy) if _are_tied(anatomy, scales) else None
+    changed = {weight: factor for weight, factor in scales.items() if factor != 1}
+    return _refuse_untying(anatomy) if _are_tied(anatomy, changed) else None
 
 
 def scale_head(anatomy: Anatomy, factor: float) -> None:
@@ -160,7 +160,7 @@ def _refuse_untying(anatomy: Anatomy) -> str | None:
     model, head = anatomy.model, anatomy.output_embeddings
     config = copy.deepcopy(model.config)
     setattr(config, TIED, False)
-    if getattr(type(config).from_dict(config.to_dict()), TIED):  # T5's config ties whatever it is told
+    if getattr(type(config).from_dict(config.to_dict()), TIED, False):  # T5's config ties whatever it is told
         return None
     names = [name for name, module in model.named_modules() if module is head]
     own = {f"{name}.{parameter}" for name in names for parameter in ("weight", "bias")}
