@@ -17,6 +17,7 @@ from hf_gradguard.patch.anatomy import Anatomy, Branch, configs, own_configs, pr
 from hf_gradguard.patch.applied import ATTRIBUTE, FIELD, QUANTIZATION, AppliedPatch, applied_to
 from hf_gradguard.patch.config import PatchConfig
 from hf_gradguard.patch.norm import convert
+from hf_gradguard.patch.residual import rules
 from hf_gradguard.patch.taps import MakeRule, attach_to, refuse_patched
 
 _logger = logging.getLogger(__name__)
@@ -144,7 +145,7 @@ def build(model: PreTrainedModel, config: PatchConfig) -> AppliedPatch:
         if rule is not None:
             rule.hang(conversion.anatomy)
             if rule.optimizer_scaling(conversion.anatomy) is not None:
-                applied.check = OptimizerCheck(model, str(config.residual))
+                applied.check = OptimizerCheck(model, rules.text(rule))
         if config.attention_patch is not None:
             config.attention_patch.hang(anatomy)
     except BaseException:

@@ -14,6 +14,7 @@ from hf_gradguard.patch.applied import applied_to
 from hf_gradguard.patch.container import CONTAINER
 from hf_gradguard.patch.embedding import Entry
 from hf_gradguard.patch.norm.conversion import FinalNorm
+from hf_gradguard.patch.residual import rules
 from hf_gradguard.patch.residual.factors import Factors, Place, ScaleOptimizer
 
 _EPS = 1e-8
@@ -113,7 +114,7 @@ class _Scaled:
         inner, applied = found
         rule, anatomy = applied.config.residual_patch, read_architecture(inner)
         scaling = None if rule is None else rule.optimizer_scaling(anatomy)
-        return None if scaling is None else cls(str(applied.config.residual), scaling, anatomy)
+        return None if rule is None or scaling is None else cls(rules.text(rule), scaling, anatomy)
 
     def at(self, parameter: nn.Parameter) -> tuple[str, Factors]:
         """Where a parameter is, to read, and its factors."""

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from torch import nn
 from torch.optim import SGD, Adafactor, Adam, AdamW
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback
+from transformers import BertConfig, BertForSequenceClassification, GPT2LMHeadModel, Trainer, TrainerCallback
 
 from hf_gradguard import GradGuard, GradGuardCallback, param_groups
 from hf_gradguard.integrations import optimizer_check
@@ -25,8 +25,7 @@ from hf_gradguard.patch import CONTAINER, Multiplier
 from hf_gradguard.patch.config import PatchConfig
 from hf_gradguard.patch.model import patch_model, unpatch_model
 from hf_gradguard.patch.presets import PRESETS
-from hf_gradguard.patch.residual import ResidualPatch, rules
-from hf_gradguard.patch.residual.factors import Factors, Place
+from hf_gradguard.patch.residual import Factors, Place, ResidualPatch, rules
 from tests.models import make
 from tests.patch.models import ALL, CASES, gradients, logits
 from tests.training import arguments, assert_bit_equal, trainer, weights
@@ -210,6 +209,36 @@ def test_a_rule_of_ones_own_that_scales_is_one_class(monkeypatch: pytest.MonkeyP
         one_step(model, AdamW(model.parameters()))
 
 
+def movement(model: Any, groups: list[dict[str, Any]]) -> float:
+    """How far the logits are after six steps from where they were, root mean square."""
+    ids = torch.randint(0, 64, (4, 16), generator=torch.Generator().manual_seed(1))
+    before = model(ids).logits.detach()
+    optimizer = AdamW(groups)
+    for _ in range(6):
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return (model(ids).logits.detach() - before).square().mean().sqrt().item()
+
+
+def moved(patch: str | None, depth: int, width: int) -> float:
+    torch.manual_seed(0)
+    options = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "n_head": width // 16}
+    model = GPT2LMHeadModel(CASES["gpt2"].config(n_layer=depth, n_embd=width, **options))
+    if patch is not None:
+        patch_model(model, patch)
+    return movement(model, param_groups(model, lr=3e-3))
+
+
+def test_a_deeper_and_a_wider_model_learn_as_fast_as_the_small_one() -> None:
+    """What the whole is for: with the same rate, logits of random weights move as far in the first steps."""
+    patch = "completep:base_depth=2,base_width=64"
+    base = moved(patch, depth=2, width=64)
+    for depth, width in ((16, 64), (2, 256)):
+        assert moved(patch, depth, width) == pytest.approx(base, rel=0.2)
+    assert moved(None, depth=2, width=256) > 2 * moved(None, depth=2, width=64)
+
+
 # base_width
 
 
@@ -282,8 +311,10 @@ def test_groups_for_another_patch_are_refused() -> None:
     model = patched(patch="residual=completep")
     optimizer = AdamW(param_groups(model, lr=0.1))
     patch_model(unpatch_model(model), "residual=completep:base_depth=2")
-    with pytest.raises(ValueError, match=r"base_depth=2' scales .* was made for residual='completep'\."):
+    with pytest.raises(ValueError, match=r"base_depth=2,.* scales .* was made for residual='completep:base_depth=1,"):
         one_step(model, optimizer)
+    patch_model(unpatch_model(model), "residual=completep:base_depth=1")  # the same in other words
+    one_step(model, optimizer)
 
 
 def test_groups_made_before_patching_are_refused() -> None:

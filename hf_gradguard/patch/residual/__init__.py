@@ -25,6 +25,7 @@ with the dataclass of its options and of what is known of it; see `patch`. A fur
 from hf_gradguard.patch.residual.branch_scale import BranchScale
 from hf_gradguard.patch.residual.completep import CompleteP
 from hf_gradguard.patch.residual.deepnorm import DeepNorm, DeepNormScale
+from hf_gradguard.patch.residual.factors import Factors, Place, ScaleOptimizer
 from hf_gradguard.patch.residual.gru_gate import GRUGate, GRUPatch
 from hf_gradguard.patch.residual.highway_gate import HighwayGate, HighwayPatch
 from hf_gradguard.patch.residual.identity import Identity
@@ -44,6 +45,7 @@ __all__ = [
     "CompleteP",
     "DeepNorm",
     "DeepNormScale",
+    "Factors",
     "GRUGate",
     "GRUPatch",
     "Gate",
@@ -60,9 +62,11 @@ __all__ = [
     "NormAdjusting",
     "OutputGate",
     "OutputPatch",
+    "Place",
     "ReZero",
     "ResidualPatch",
     "Rule",
+    "ScaleOptimizer",
     "Scaling",
     "SigmoidTanhGate",
     "SigmoidTanhPatch",
