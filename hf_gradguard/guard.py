@@ -71,7 +71,7 @@ class GradGuard:
 
     Raises:
         ValueError: the model has no trainable parameter, a policy can't work with this model or way of training, or the
-            model is patched and needs an optimizer of `param_groups`.
+            model is patched and needs an optimizer of `param_groups`, or only its config says that it is patched.
         OSError: the record can't be written.
 
     Example:

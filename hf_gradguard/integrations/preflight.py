@@ -22,7 +22,7 @@ def refuse(trainer: Trainer, config: GradGuardConfig) -> None:
 
     Raises:
         ValueError: no parameter is trainable, the training dataset is empty, a policy can't do what it should, or the
-            model is patched and needs another optimizer.
+            model is patched and needs another optimizer, or only its config says that it is patched.
     """
     if trainer.optimizer is not None:
         optimizer_check.refuse(trainer.optimizer)
