@@ -34,6 +34,10 @@ def param_groups(
     optimizer's options by depth or width (`completep`), they are scaled here; schedules, which multiply the rate of
     each group, keep the ratios.
 
+    An optimizer of them goes to `Trainer(…, optimizers=(optimizer, None))`. With FSDP or `model_init`, where Trainer
+    takes none, override its `create_optimizer(self, model=None)`: set `self.optimizer` to one made of them, for
+    `self.model if model is None else model`, and return it.
+
     Args:
         model: the model, also within DDP's, PEFT's or torch.compile's wrapping.
         lr: the learning rate; where it is scaled, that of the small model for which it was tuned. None leaves it to the

@@ -432,6 +432,24 @@ def test_a_wrong_optimizer_is_refused_before_training_by_the_callback(tmp_path: 
     assert not (tmp_path / "gradguard").exists()
 
 
+class Scaling(Trainer):
+    """What to do where `optimizers` can't be given."""
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        groups = param_groups(self.model if model is None else model, lr=self.args.learning_rate, weight_decay=0.1)
+        self.optimizer = AdamW(groups)
+        return self.optimizer
+
+
+def test_an_overridden_create_optimizer_trains_as_a_given_optimizer(tmp_path: Path) -> None:
+    own = trainer(scaled_model(), tmp_path / "own", GradGuardCallback(), kind=Scaling)
+    own.train()
+    model = scaled_model()
+    given = (AdamW(param_groups(model, lr=0.01, weight_decay=0.1)), None)
+    trainer(model, tmp_path / "given", optimizers=given).train()
+    assert_bit_equal(weights(own.model), weights(model))
+
+
 class Rates(TrainerCallback):
     """The rate of each group before each update."""
 
