@@ -18,7 +18,8 @@ class DeepNormInit(Initialisation):
     Hongyu Wang et al. 2022, "DeepNet: Scaling Transformers to 1,000 layers", arXiv 2203.00555, figure 2. It is made for
     a post-norm model whose residual is multiplied with the α of the same figure. All maps that widen a gated MLP get β;
     the paper has none. Its published code (torchscale) draws from a uniform distribution of the same variance, and
-    gives queries, keys and values a further 1/√2, which the paper does not.
+    gives queries, keys and values a further 1/√2, which the paper does not; and where the paper has 0.87 in β, for the
+    encoder of an encoder-decoder, its weights are multiplied with 1 ÷ 0.87 (1.15).
     """
 
     summary = "Xavier, gain β for values, outputs and the MLP"
