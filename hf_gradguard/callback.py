@@ -144,8 +144,10 @@ class GradGuardCallback(TrainerCallback, ExportableState):
 
     def _resume(self, args: TrainingArguments, state: TrainerState) -> None:
         """Goes on from what was saved with the checkpoint that the Trainer has loaded, if it has loaded one."""
-        states: Any = state.stateful_callbacks or {}  # typed as a list, holds a dictionary by name
+        states: Any = state.stateful_callbacks  # typed as a list, holds a dictionary by name
         stored = states.get(type(self).__name__)
+        # Where the checkpoint was saved without a guard there is no entry, without which Trainer can't save the next.
+        states.setdefault(type(self).__name__, self.state())
         attributes = stored.get("attributes", {}) if isinstance(stored, dict) else {}
         saved, self.saved = self.saved or attributes.get("saved"), None
         if self.guard is None or saved is None or state.global_step == 0:

@@ -182,6 +182,19 @@ class StopsAtFive(Trainer):
         return super().training_step(*args, **kwargs)
 
 
+def test_a_run_that_began_without_a_guard_is_resumed_with_one(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2}
+    trainer(make("bert"), tmp_path, max_steps=2, lr_scheduler_type="constant", **options).train()
+    callback = GradGuardCallback()
+    resumed = trainer(make("bert"), tmp_path, callback, lr_scheduler_type="constant", **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert (tmp_path / "checkpoint-6").is_dir()
+    assert RunRecord.load(tmp_path).steps.tolist() == [3, 4, 5, 6]
+    alone = trainer(make("bert"), tmp_path / "alone", lr_scheduler_type="constant")
+    alone.train()
+    assert_bit_equal(weights(resumed.model), weights(alone.model))
+
+
 def test_the_count_of_skips_in_a_row_survives_a_resume(tmp_path: Path) -> None:
     options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6}
     model = make("bert")
