@@ -22,6 +22,9 @@ from tests.patch.test_taps import close, close_gradients
 NORMED = ["bart", "bert", "bert-cross", "distilbert", "electra", "modernbert", "roberta"]
 """Architectures whose embeddings are followed by a norm."""
 BARE = sorted(set(ALL) - set(NORMED))
+FEW = ["gpt2", "opt-post", "t5"]
+"""With positions, with a projection, with two stacks."""
+BOTH = ["embedding=norm", "embedding=unit_rms"]
 
 
 def entering(model: Any, inputs: dict[str, Tensor]) -> list[Tensor]:
@@ -148,7 +151,7 @@ def test_norm_is_a_layer_norm_of_the_stream(name: str) -> None:
 # Both
 
 
-@pytest.mark.parametrize("patch", ["embedding=norm", "embedding=unit_rms"])
+@pytest.mark.parametrize("patch", BOTH)
 @pytest.mark.parametrize("name", NORMED)
 def test_nothing_is_done_where_embeddings_have_a_norm(name: str, patch: str) -> None:
     model, inputs = CASES[name].make(), CASES[name].inputs()
@@ -158,7 +161,7 @@ def test_nothing_is_done_where_embeddings_have_a_norm(name: str, patch: str) -> 
     assert list(model.state_dict()) == keys
 
 
-@pytest.mark.parametrize("patch", ["embedding=norm", "embedding=unit_rms"])
+@pytest.mark.parametrize("patch", BOTH)
 @pytest.mark.parametrize("name", BARE)
 def test_logits_come_from_the_untouched_weight(name: str, patch: str) -> None:
     """Tied or not, the output embeddings are what they were, and get the last layer's output alone."""
@@ -175,10 +178,10 @@ def test_logits_come_from_the_untouched_weight(name: str, patch: str) -> None:
     close(logits(model, inputs), got[0] @ weight.T, atol=1e-5)
 
 
-@pytest.mark.parametrize("patch", ["embedding=norm", "embedding=unit_rms"])
+@pytest.mark.parametrize("patch", BOTH)
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing")
-@pytest.mark.parametrize("name", BARE)
+@pytest.mark.parametrize("name", FEW)
 def test_gradient_checkpointing_gives_equal_gradients(name: str, use_reentrant: bool, patch: str) -> None:
     model = patch_model(CASES[name].make().train(), patch)
     expected = gradients(model, CASES[name].inputs())
@@ -186,14 +189,14 @@ def test_gradient_checkpointing_gives_equal_gradients(name: str, use_reentrant: 
     close_gradients(gradients(model, CASES[name].inputs()), expected, tolerance=1e-6)
 
 
-@pytest.mark.parametrize("patch", ["embedding=norm", "embedding=unit_rms"])
+@pytest.mark.parametrize("patch", BOTH)
 @pytest.mark.parametrize("name", sorted(set(GENERATIVE) - set(NORMED)))
 def test_generation_with_cache_equals_generation_without(name: str, patch: str) -> None:
     check_generation(patch_model(CASES[name].make(), patch), CASES[name])
 
 
-@pytest.mark.parametrize("patch", ["embedding=norm", "embedding=unit_rms"])
-@pytest.mark.parametrize("name", BARE)
+@pytest.mark.parametrize("patch", BOTH)
+@pytest.mark.parametrize("name", FEW)
 def test_copies_compute_the_same_and_unpatching_gives_the_model_back(name: str, patch: str) -> None:
     model, inputs = CASES[name].make(), CASES[name].inputs()
     text, expected = repr(model), logits(model, inputs)
@@ -207,8 +210,10 @@ def test_copies_compute_the_same_and_unpatching_gives_the_model_back(name: str, 
         assert repr(one) == text
 
 
-@pytest.mark.parametrize("patch", ["embedding=norm", "embedding=unit_rms"])
-@pytest.mark.parametrize("name", ["gpt2", "t5"])
+@pytest.mark.parametrize(
+    ("name", "patch"),
+    [("gpt2", "embedding=unit_rms"), *(pytest.param("t5", p, marks=pytest.mark.slow) for p in BOTH)],
+)
 def test_a_model_with_patched_embeddings_compiles_to_one_graph(name: str, patch: str) -> None:
     model, inputs = patch_model(CASES[name].make(), patch), CASES[name].inputs()
     expected = logits(model, inputs)
@@ -216,8 +221,8 @@ def test_a_model_with_patched_embeddings_compiles_to_one_graph(name: str, patch:
     close(logits(torch.compile(model, backend="eager", fullgraph=True), inputs), expected)
 
 
-@pytest.mark.parametrize("patch", ["embedding=norm", "embedding=unit_rms"])
-@pytest.mark.parametrize("name", BARE)
+@pytest.mark.parametrize("patch", BOTH)
+@pytest.mark.parametrize("name", FEW)
 def test_bfloat16_stays_bfloat16(name: str, patch: str) -> None:
     inputs = CASES[name].inputs(dtype=torch.bfloat16)
     model = patch_model(CASES[name].make().bfloat16(), patch)
@@ -226,7 +231,7 @@ def test_bfloat16_stays_bfloat16(name: str, patch: str) -> None:
     assert {stream.dtype for stream in entering(model, inputs)} == {torch.bfloat16}
 
 
-@pytest.mark.parametrize("patch", ["embedding=norm", "embedding=unit_rms"])
+@pytest.mark.parametrize("patch", BOTH)
 def test_embeddings_given_instead_of_tokens_are_treated_alike(patch: str) -> None:
     model, inputs = patch_model(CASES["llama"].make(), patch), CASES["llama"].inputs()
     embedded = model.get_input_embeddings()(inputs["input_ids"])
