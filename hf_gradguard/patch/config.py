@@ -89,7 +89,7 @@ class PatchConfig:
 
         Example:
             >>> str(PatchConfig.parse("rezero;init=xavier"))
-            'residual=rezero;norm=none;init=xavier'
+            'residual=rezero;norm=none;init=xavier;embedding=unit_rms'
             >>> str(PatchConfig.parse("gru_gate:bias=1"))
             'residual=gru_gate:bias=1'
         """

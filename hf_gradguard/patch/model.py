@@ -173,7 +173,7 @@ def _patchable(model: nn.Module) -> PreTrainedModel:
             raise ValueError(
                 f"{what} has weights without values ({name} is on the meta device); load them, and patch it then"
             )
-        if is_sharded(parameter):
+        if is_sharded(parameter) or hasattr(parameter, "ds_id"):  # the second by DeepSpeed's ZeRO-3
             raise ValueError(f"{what} is sharded ({name} lies on several processes); patch it before it is sharded")
         if not (parameter.is_floating_point() or parameter.is_complex()):
             raise ValueError(f"{what} is quantised ({name} is {parameter.dtype}); patch it before it is quantised")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 
 from hf_gradguard.patch import CONTAINER, read_architecture
 from hf_gradguard.patch.model import patch_model
+from hf_gradguard.patch.norm import NormPatch, Placement
 from tests.patch.models import CASES
 from tests.patch.plain import written_out
 
@@ -25,6 +27,15 @@ PARALLEL = "gpt_neox-parallel"
 HAS_FINAL_NORM = {*RMS, "gpt2", "gpt2-cross", "gpt_neox-sequential", PARALLEL, "modernbert", "opt-pre"}
 EPS = 0.05
 """Large enough for a wrong one to be seen."""
+
+
+@dataclass(frozen=True)
+class OutputOnly(NormPatch):
+    """A placement of a user's own: x + norm(f(x))."""
+
+    summary, citation = "x + norm(f(x))", "nobody"
+    placement = Placement(own="off", output=True, final=True)
+
 
 Given = dict[str, Any]
 """What a layer was called with, beside the stream."""
@@ -187,7 +198,7 @@ def written(name: str, module: nn.Module, added: Added, placement: str, rules: M
         x, others, ys = given.pop("hidden_states", None), (), []
         for kind, norm, branch in BRANCHES[name](module):
             y, *others = branch(norm(x) if placement in ("pre", "sandwich") else x, dict(given))
-            y = plain_norm(name, added.at(f"{kind}.norm"))(y) if placement == "sandwich" else y
+            y = plain_norm(name, added.at(f"{kind}.norm"))(y) if placement in ("sandwich", "output_only") else y
             if name == PARALLEL:
                 ys.append(rules[kind](0.0, y))
                 continue
@@ -205,7 +216,7 @@ def write_out(model: Any, name: str, placement: str, rule: str) -> None:
     Args:
         model: unpatched, but with the parameters of the patch where the patched model has them.
         name: its case.
-        placement: `pre`, `post`, `none`, `none:final=false` or `sandwich`.
+        placement: `pre`, `post`, `none`, `none:final=false`, `sandwich`, or `output_only` (see `OutputOnly`).
         rule: the residual rule's text, or nothing for x + y.
     """
     anatomy, cells = read_architecture(model), dict[str, Tensor]()

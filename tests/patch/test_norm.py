@@ -15,8 +15,9 @@ from torch import Tensor
 from hf_gradguard import GradGuardCallback
 from hf_gradguard.patch import CONTAINER, read_architecture
 from hf_gradguard.patch.model import patch_model, unpatch_model
+from hf_gradguard.patch.norm import norms
 from tests.patch.models import ALL, CASES, GENERATIVE, VOCABULARY, WIDTH, gradients, logits
-from tests.patch.placed import HAS_FINAL_NORM, PARALLEL, pair
+from tests.patch.placed import HAS_FINAL_NORM, PARALLEL, OutputOnly, pair
 from tests.patch.runs import check_generation, trained
 from tests.patch.test_taps import close, close_gradients, hooks, with_adapters
 from tests.training import weights
@@ -92,6 +93,16 @@ def test_a_residual_rule_joins_what_the_placed_norms_give(
     name: str, placement: str, rule: str, is_training: bool
 ) -> None:
     check_written_out(name, placement, rule, is_training)
+
+
+@pytest.mark.parametrize("rule", ["", "gru_gate"])
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "bart", "modernbert"])
+def test_a_placement_of_ones_own_needs_no_more_than_its_three_facts(
+    name: str, rule: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(norms, "_policies", dict(norms._policies))
+    norms.register("output_only")(OutputOnly)
+    check_written_out(name, "output_only", rule, is_training=True)
 
 
 ALREADY = {

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import doctest
 import json
 import logging
 import math
 import random
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +196,15 @@ def test_a_text_that_stands_for_nothing_is_refused_with_what_would(text: str, me
     with pytest.raises(ValueError, match=message):
         patch_model(model, text)
     assert everything(model) == before
+
+
+@pytest.mark.parametrize("name", ["config", "model", "norm", "embedding"])
+def test_the_examples_in_docstrings_are_true(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for registry in PARTS.values():  # what an example registers goes again
+        monkeypatch.setattr(registry, "_policies", dict(registry._policies))
+    result = doctest.testmod(import_module(f"hf_gradguard.patch.{name}"))
+    assert result.attempted
+    assert not result.failed
 
 
 @pytest.mark.parametrize("patch", [None, 3, {"norm": "pre"}, ["rezero"]])
@@ -465,6 +476,15 @@ def quantised() -> Any:
     return model
 
 
+def partitioned() -> Any:
+    """As DeepSpeed's ZeRO-3 leaves a model that is made while it is on."""
+    model = CASES["bert"].make()
+    for number, parameter in enumerate(model.parameters()):
+        parameter.ds_id = number
+        parameter.data = torch.empty(0)
+    return model
+
+
 def of_integers() -> Any:
     model = CASES["bert"].make()
     dense = model.bert.encoder.layer[0].output.dense
@@ -487,6 +507,7 @@ class Wrapper(nn.Module):
 REFUSED: dict[str, tuple[Any, str]] = {
     "meta": (meta_model, r"on the meta device\); load them, and patch it then"),
     "quantised": (quantised, "is quantised.*patch it before it is quantised"),
+    "partitioned": (partitioned, r"is sharded .*; patch it before it is sharded"),
     "integers": (of_integers, r"output.dense.weight is torch.int8\); patch it before it is quantised"),
     "adapted": (
         lambda: get_peft_model(CASES["bert"].make(), LoraConfig(target_modules="all-linear", r=2)),
