@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import multiprocessing
 import resource
 import time
@@ -153,6 +154,11 @@ def _peak(setting: Setting) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0 - _IMPORTED
 
 
+def _share(one: float, other: float) -> float:
+    """Ratio of two peaks; NaN for models so small that importing the libraries took more."""
+    return one / other if other > 0 else math.nan
+
+
 _IMPORTED = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
 """What the process took when everything was imported."""
 
@@ -181,7 +187,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print("| | time, patched ÷ unpatched (95 %) | operations | peak memory |\n|---|---|---|---|")
         batch, base, twin, base_peak = plain.batch(), plain.make(), plain.make(), peak(plain)
         base_operations = operations(base, batch)
-        line("(unpatched beside itself)", ratios(base, twin, batch, args.steps), 1.0, peak(plain) / base_peak)
+        line("(unpatched beside itself)", ratios(base, twin, batch, args.steps), 1.0, _share(peak(plain), base_peak))
         del twin
         for patch in args.patches or PATCHES[name]:
             kinds = (False, True) if any(rule in patch for rule in FOLDING) else (False,)
@@ -190,7 +196,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 model = setting.make()
                 predicted = operations(model, batch) / base_operations
                 label = f"`{patch}`" + (", folded" if is_folded else "")
-                line(label, ratios(base, model, batch, args.steps), predicted, peak(setting) / base_peak)
+                line(label, ratios(base, model, batch, args.steps), predicted, _share(peak(setting), base_peak))
 
 
 if __name__ == "__main__":

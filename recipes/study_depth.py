@@ -179,6 +179,7 @@ def train(run: Run, data: Sequence[dict[str, Tensor]], folder: Path) -> dict[str
     assert callback.guard is not None
     record = RunRecord.load(folder)
     norms = record.layer_norms
+    norms = norms[np.isfinite(norms).all(axis=1)]  # without the updates that were skipped
     with np.errstate(divide="ignore", invalid="ignore"):
         ratios = norms[run.warm_up :, 0] / norms[run.warm_up :, -1]
     loss, similarity = evaluate(model, held_out)

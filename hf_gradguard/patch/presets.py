@@ -37,7 +37,7 @@ class Preset:
 PRESETS: dict[str, Preset] = {
     "rezero": Preset(
         main="residual",
-        fixed={"residual": "rezero", "norm": "none", "embedding": "unit_rms"},
+        fixed={"residual": "rezero", "norm": "none", "init": "normal", "embedding": "unit_rms"},
         summary="every layer begins as the identity; no norms but one at the end",
         citation="Bachlechner et al. 2020, arXiv 2003.04887",
     ),
