@@ -124,7 +124,6 @@ def make_model(run: Run) -> PreTrainedModel:
             hidden_dropout_prob=0.0,
             attention_probs_dropout_prob=0.0,
         )
-        config.loss_type = "ForCausalLM"  # what it would fall back to, with a warning
         model: PreTrainedModel = BertLMHeadModel(config)
     else:
         config = GPT2Config(
@@ -141,6 +140,7 @@ def make_model(run: Run) -> PreTrainedModel:
             eos_token_id=0,
         )
         model = GPT2LMHeadModel(config)
+    model.loss_type = "ForCausalLM"  # what it would fall back to, with a warning
     return model if run.arm in (SHALLOW, VANILLA) else patch_model(model, run.arm)
 
 

@@ -1,4 +1,4 @@
-"""`gradguard demo`: a shallow and a deep BERT on real text, and where the gradient of the deep one goes."""
+"""`gradguard demo`: a shallow and a deep BERT on real text, where the gradient of the deep one goes, and the cure."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from hf_gradguard.judge import Verdict
 
 name = "demo"
-help = "train a 12-layer and a 100-layer BERT on real text and see where the gradient goes (4 minutes on 2 cores)"
+help = "train a BERT of 12 layers and one of 100 on real text, see where the gradient goes, and cure it (6 minutes)"
 example = "gradguard demo --output gradguard-demo"
 
 WIDTH = 64
@@ -28,6 +28,9 @@ INITIALIZER_RANGE = 0.02 * (768 / WIDTH) ** 0.5
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, default=Path("gradguard-demo"), help="folder for records and report")
     parser.add_argument("--layers", type=int, nargs="+", default=[12, 100], help="depths to train (default: 12 100)")
+    parser.add_argument(
+        "--patch", default="rezero", help="what cures the deepest model: a patch, or none (default: rezero)"
+    )
     parser.add_argument("--steps", type=int, default=150, help="updates for each depth (default: 150)")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="peak learning rate (default: 0.001)")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and data order (default: 0)")
@@ -36,26 +39,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.steps < 1 or min(args.layers) < 1:
         raise ValueError(f"--steps {args.steps} and --layers {args.layers} must be at least 1")
+    trainings: list[tuple[int, str | None]] = [(layers, None) for layers in args.layers]
+    if args.patch != "none":
+        from hf_gradguard.patch.config import PatchConfig
+
+        PatchConfig.parse(args.patch)  # a misspelt one is better said now than in four minutes
+        trainings.append((max(args.layers), args.patch))
     text, source = real_text()
     print(f"Text: {source}, {len(text):,} bytes. Each byte is a token.", flush=True)
     data = blocks(text)
     rows = []
-    for layers in args.layers:
-        print(f"\nTraining a BERT of {layers} layers, {WIDTH} wide, for {args.steps} updates …", flush=True)
+    for layers, patch in trainings:
+        what = f"a BERT of {layers} layers, {WIDTH} wide" + ("" if patch is None else f", patched with {patch}")
+        print(f"\nTraining {what}, for {args.steps} updates …", flush=True)
         started = time.monotonic()
-        folder = args.output / f"{layers}-layers"
-        loss, ratio, verdict = train(layers, data, folder, args.steps, args.learning_rate, args.seed)
-        rows.append((layers, loss, ratio, verdict, folder))
+        folder = args.output / (f"{layers}-layers" if patch is None else f"{layers}-layers-cured")
+        loss, ratio, verdict = train(layers, data, folder, args.steps, args.learning_rate, args.seed, patch=patch)
+        rows.append((layers, patch or "", loss, ratio, verdict, folder))
         print(f"Trained in {time.monotonic() - started:.0f} s.", flush=True)
-    print("\nlayers    loss    first ÷ last layer's gradient    verdict")
-    for layers, loss, ratio, verdict, _ in rows:
-        print(f"{layers:6d}    {loss:.2f}    {ratio:29.1e}    {verdict.kind}")
+    print("\nlayers    patch         loss    first ÷ last layer's gradient    verdict")
+    for layers, name_of_patch, loss, ratio, verdict, _ in rows:
+        print(f"{layers:6d}    {name_of_patch:10s}    {loss:.2f}    {ratio:29.1e}    {verdict.kind}")
     write_report([folder for *_, folder in rows], args.output / "report.html")
     return 0
 
 
 def train(
-    layers: int, data: Sequence[dict[str, Tensor]], folder: Path, steps: int, learning_rate: float, seed: int
+    layers: int,
+    data: Sequence[dict[str, Tensor]],
+    folder: Path,
+    steps: int,
+    learning_rate: float,
+    seed: int,
+    *,
+    patch: str | None = None,
 ) -> tuple[float, float, Verdict]:
     """Trains one BERT with Trainer and the callback; gives the mean loss of the last ten updates, the first-to-last
     ratio of their gradients, and the verdict."""
@@ -64,6 +81,7 @@ def train(
 
     from hf_gradguard import GradGuardCallback, RunRecord
     from hf_gradguard.judge import depth_profile
+    from hf_gradguard.patch.model import patch_model
 
     set_seed(seed)
     config = BertConfig(
@@ -78,7 +96,10 @@ def train(
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
     )
-    config.loss_type = "ForCausalLM"  # what it would fall back to, with a warning
+    model = BertLMHeadModel(config)
+    model.loss_type = "ForCausalLM"  # what it would fall back to, with a warning
+    if patch is not None:
+        patch_model(model, patch)
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
@@ -93,7 +114,7 @@ def train(
         seed=seed,
     )
     callback = GradGuardCallback()
-    Trainer(BertLMHeadModel(config), arguments, train_dataset=data, callbacks=[callback]).train()
+    Trainer(model, arguments, train_dataset=data, callbacks=[callback]).train()
     assert callback.guard is not None
     record = RunRecord.load(folder)
     profile = depth_profile(record.layer_norms[-10:])

@@ -126,3 +126,21 @@ def test_a_fault_of_the_program_is_not_dressed_up_as_the_users(monkeypatch: pyte
     monkeypatch.setattr("hf_gradguard.report.load_runs", fail)
     with pytest.raises(ModuleNotFoundError, match="elsewhere"):
         main(["report", str(run)])
+
+
+def test_the_demo_trains_shallow_deep_and_cured_models_and_compares_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert main(["demo", "--layers", "2", "3", "--steps", "12", "--output", str(tmp_path)]) == 0
+    captured = capsys.readouterr()
+    rows = captured.out.partition("verdict\n")[2].splitlines()[:3]
+    assert [row.split()[0] for row in rows] == ["2", "3", "3"]
+    assert rows[2].split()[1] == "rezero"
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert all(name in page for name in ("2-layers", "3-layers", "3-layers-cured"))
+    assert "loss_type" not in captured.err
+
+
+def test_the_demo_refuses_an_unknown_patch_before_it_trains(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert "did you mean 'rezero'?" in _failure(["demo", "--patch", "rezro", "--output", str(tmp_path)], capsys)
+    assert not list(tmp_path.iterdir())
