@@ -126,3 +126,23 @@ def gradients(model: Any, inputs: dict[str, Tensor], seed: int = 0) -> dict[str,
     weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=out.dtype)
     (out * weights).mean().backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def check_generation(model: Any, case: Case) -> None:
+    """Generation with a key-value cache gives the tokens and logits of generation without."""
+    runs = [
+        model.generate(
+            case.inputs()["input_ids"],
+            max_new_tokens=6,
+            do_sample=False,
+            use_cache=use_cache,
+            output_logits=True,
+            return_dict_in_generate=True,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        for use_cache in (True, False)
+    ]
+    assert torch.equal(runs[0].sequences, runs[1].sequences)
+    assert runs[0].sequences.shape[1] > 6
+    torch.testing.assert_close(torch.stack(runs[0].logits), torch.stack(runs[1].logits), atol=1e-5, rtol=0)

@@ -5,11 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import Trainer, TrainerCallback
 
 from tests.patch.models import Case
-from tests.patch.test_taps import close
 from tests.training import arguments
 
 
@@ -28,22 +26,3 @@ def trained(model: Any, case: Case, output_dir: Path, *callbacks: TrainerCallbac
     trainer = Trainer(model, args, train_dataset=examples(case, 4 * args.max_steps), callbacks=list(callbacks))
     trainer.train()
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-
-
-def check_generation(model: Any, case: Case) -> None:
-    """Generation with a key-value cache gives the tokens and logits of generation without."""
-    runs = [
-        model.generate(
-            case.inputs()["input_ids"],
-            max_new_tokens=6,
-            do_sample=False,
-            use_cache=use_cache,
-            output_logits=True,
-            return_dict_in_generate=True,
-            eos_token_id=None,
-            pad_token_id=0,
-        )
-        for use_cache in (True, False)
-    ]
-    assert torch.equal(runs[0].sequences, runs[1].sequences)
-    close(torch.stack(runs[0].logits), torch.stack(runs[1].logits), atol=1e-5)

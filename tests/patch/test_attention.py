@@ -25,7 +25,7 @@ from hf_gradguard.patch import CONTAINER, read_architecture
 from hf_gradguard.patch.attention import attentions
 from hf_gradguard.patch.fold import fold_patches
 from hf_gradguard.patch.model import patch_model, unpatch_model
-from tests.patch.models import ALL, CASES, GENERATIVE, gradients, logits
+from tests.patch.models import ALL, CASES, GENERATIVE, check_generation, gradients, logits
 from tests.patch.test_taps import close, close_gradients, hooks
 
 NORMED = "qwen3"  # which has norms of its own
@@ -266,23 +266,7 @@ def test_copies_compute_the_same_and_share_nothing(name: str, spec: str) -> None
 @pytest.mark.parametrize("spec", ["qk_norm", "logit_scale:factor=3"])
 @pytest.mark.parametrize("name", [name for name in GENERATIVE if name != NORMED])
 def test_generation_with_a_cache_is_generation_without(name: str, spec: str) -> None:
-    model, inputs = patched(name, spec), CASES[name].inputs()
-    inputs.pop("decoder_input_ids", None)
-    runs = [
-        model.generate(
-            **inputs,
-            max_new_tokens=6,
-            do_sample=False,
-            use_cache=use_cache,
-            output_logits=True,
-            return_dict_in_generate=True,
-            eos_token_id=None,
-            pad_token_id=0,
-        )
-        for use_cache in (True, False)
-    ]
-    assert torch.equal(runs[0].sequences, runs[1].sequences)
-    close(torch.stack(runs[0].logits), torch.stack(runs[1].logits), atol=1e-5)
+    check_generation(patched(name, spec), CASES[name])
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])

@@ -15,8 +15,7 @@ from torch.nn import functional as F
 from hf_gradguard.patch import CONTAINER, read_architecture
 from hf_gradguard.patch.embedding import UnitRMS
 from hf_gradguard.patch.model import patch_model, unpatch_model
-from tests.patch.models import ALL, CASES, GENERATIVE, LENGTH, VOCABULARY, WIDTH, gradients, logits
-from tests.patch.runs import check_generation
+from tests.patch.models import ALL, CASES, GENERATIVE, LENGTH, VOCABULARY, WIDTH, check_generation, gradients, logits
 from tests.patch.test_taps import close, close_gradients
 
 NORMED = ["bart", "bert", "bert-cross", "distilbert", "electra", "modernbert", "roberta"]

@@ -16,9 +16,9 @@ from hf_gradguard import GradGuardCallback
 from hf_gradguard.patch import CONTAINER, read_architecture
 from hf_gradguard.patch.model import patch_model, unpatch_model
 from hf_gradguard.patch.norm import norms
-from tests.patch.models import ALL, CASES, GENERATIVE, VOCABULARY, WIDTH, gradients, logits
+from tests.patch.models import ALL, CASES, GENERATIVE, VOCABULARY, WIDTH, check_generation, gradients, logits
 from tests.patch.placed import HAS_FINAL_NORM, PARALLEL, OutputOnly, pair
-from tests.patch.runs import check_generation, trained
+from tests.patch.runs import trained
 from tests.patch.test_taps import close, close_gradients, hooks, with_adapters
 from tests.training import weights
 

@@ -15,7 +15,7 @@ from hf_gradguard.patch import CONTAINER, detach, read_architecture
 from hf_gradguard.patch.residual import LSTMGate, rules
 from hf_gradguard.patch.residual.install import install, installed
 from tests.patch.gates import PLAIN, bart_layer, bert_layer, distilbert_layer, opt_post_layer
-from tests.patch.models import ALL, CASES, GENERATIVE, gradients, logits
+from tests.patch.models import ALL, CASES, GENERATIVE, check_generation, gradients, logits
 from tests.patch.plain import pair
 from tests.patch.test_taps import close, close_gradients
 
@@ -267,23 +267,7 @@ def test_a_pass_that_ended_in_the_middle_has_no_part_in_the_next() -> None:
 
 @pytest.mark.parametrize("name", sorted(set(GENERATIVE) - {PARALLEL}))
 def test_an_lstm_over_depth_generates_the_same_with_a_cache_and_without(name: str) -> None:
-    model = model_with(name, "lstm_gate:forget_bias=1")
-    ids = CASES[name].inputs()["input_ids"]
-    runs = [
-        model.generate(
-            ids,
-            max_new_tokens=6,
-            do_sample=False,
-            use_cache=use_cache,
-            output_logits=True,
-            return_dict_in_generate=True,
-            eos_token_id=None,
-            pad_token_id=0,
-        )
-        for use_cache in (True, False)
-    ]
-    assert torch.equal(runs[0].sequences, runs[1].sequences)
-    close(torch.stack(runs[0].logits), torch.stack(runs[1].logits), atol=1e-5)
+    check_generation(model_with(name, "lstm_gate:forget_bias=1"), CASES[name])
 
 
 def test_a_cell_state_is_not_shared_with_a_copy() -> None:

@@ -16,7 +16,7 @@ from transformers import Trainer
 from hf_gradguard.observe.structure import read_layout
 from hf_gradguard.patch import CONTAINER, Branch, Identity, Multiplier, attach, detach, read_architecture
 from tests.patch.gates import LAYERS, make_gate
-from tests.patch.models import ALL, CASES, GENERATIVE, WIDTH, gradients, logits
+from tests.patch.models import ALL, CASES, GENERATIVE, WIDTH, check_generation, gradients, logits
 
 GAIN = 0.37
 
@@ -198,23 +198,7 @@ def test_generation_with_cache_equals_generation_without(name: str) -> None:
     for make_rule in (make_gate, gains):
         model = CASES[name].make()
         attach(model, make_rule)
-        ids = CASES[name].inputs()["input_ids"]
-        runs = [
-            model.generate(
-                ids,
-                max_new_tokens=6,
-                do_sample=False,
-                use_cache=use_cache,
-                output_logits=True,
-                return_dict_in_generate=True,
-                eos_token_id=None,
-                pad_token_id=0,
-            )
-            for use_cache in (True, False)
-        ]
-        assert torch.equal(runs[0].sequences, runs[1].sequences)
-        assert runs[0].sequences.shape[1] > 6
-        close(torch.stack(runs[0].logits), torch.stack(runs[1].logits), atol=1e-5)
+        check_generation(model, CASES[name])
 
 
 @pytest.mark.parametrize("name", ALL)
