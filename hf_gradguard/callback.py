@@ -183,8 +183,8 @@ class _Training:
     def __call__(self, original: Any, *args: Any, **kwargs: Any) -> Any:
         if not has_callback(self._trainer, self._callback):
             return original(*args, **kwargs)
-        preflight.refuse(self._trainer, self._callback.config)
         self._callback.resumed_from = self._checkpoint(*args, **kwargs)
+        preflight.refuse(self._trainer, self._callback.config, self._callback.resumed_from)
         try:
             return original(*args, **kwargs)
         except KeyboardInterrupt:

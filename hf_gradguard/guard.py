@@ -71,7 +71,8 @@ class GradGuard:
 
     Raises:
         ValueError: the model has no trainable parameter, a policy can't work with this model or way of training, or the
-            model is patched and needs an optimizer of `param_groups`, or only its config says that it is patched.
+            model is patched and the optimizer was made before that or needs `param_groups`, or only its config says
+            that it is patched.
         OSError: the record can't be written.
 
     Example:
@@ -100,7 +101,7 @@ class GradGuard:
         is_main: bool | None = None,
         watch_forward: bool = True,
     ) -> None:
-        patch_check.refuse(model)
+        patch_check.refuse(model, optimizer)
         if optimizer is not None:
             optimizer_check.refuse(optimizer)
         self.config = GradGuardConfig.from_dict(config) if isinstance(config, dict) else config or GradGuardConfig()

@@ -17,12 +17,17 @@ from hf_gradguard.observe.random_state import RandomState
 Check = Callable[[Trainer], str | None]
 
 
-def refuse(trainer: Trainer, config: GradGuardConfig) -> None:
+def refuse(trainer: Trainer, config: GradGuardConfig, checkpoint: str | None = None) -> None:
     """Raises for what can't be trained at all, or not with this configuration.
+
+    Args:
+        trainer: about to train.
+        config: the guard's.
+        checkpoint: the folder that the training is to be resumed from, if it is.
 
     Raises:
         ValueError: no parameter is trainable, the training dataset is empty, a policy can't do what it should, or the
-            model is patched and needs another optimizer, or only its config says that it is patched.
+            model is patched and needs another optimizer or checkpoint, or only its config says that it is patched.
     """
     if trainer.optimizer is not None:
         optimizer_check.refuse(trainer.optimizer)
@@ -40,7 +45,9 @@ def refuse(trainer: Trainer, config: GradGuardConfig) -> None:
     if acting and len(callbacks) > 1:
         raise ValueError(f"{len(callbacks)} guards on one trainer would both act on the same gradients; give it one")
     if trainer.model is not None:
-        patch_check.refuse(trainer.model)
+        patch_check.refuse(trainer.model, trainer.optimizer)
+        if checkpoint is not None:
+            patch_check.refuse_checkpoint(trainer.model, checkpoint)
     if trainer.model is not None and not any(parameter.requires_grad for parameter in trainer.model.parameters()):
         raise ValueError(
             f"{type(trainer.model).__name__} has no trainable parameter: every requires_grad is False. "

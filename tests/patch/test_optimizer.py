@@ -432,6 +432,34 @@ def test_a_wrong_optimizer_is_refused_before_training_by_the_callback(tmp_path: 
     assert not (tmp_path / "gradguard").exists()
 
 
+@pytest.mark.parametrize("patch", ["rezero", "gtrxl", "sandwich", "residual=layerscale;activation=relu"])
+def test_an_optimizer_that_was_made_before_the_patch_is_refused(patch: str, tmp_path: Path) -> None:
+    model = make("gpt2")
+    optimizer = AdamW(model.parameters(), lr=0.01)
+    patch_model(model, patch)
+    message = rf"does not train .*{CONTAINER}.* made before patch_model was called. Make it afterwards"
+    with pytest.raises(ValueError, match=message):
+        trainer(model, tmp_path, GradGuardCallback(), optimizers=(optimizer, None)).train()
+    with pytest.raises(ValueError, match=message):
+        GradGuard(model, optimizer, output_dir=tmp_path)
+    for name, parameter in model.named_parameters():
+        if CONTAINER in name:
+            parameter.requires_grad_(False)
+    GradGuard(model, optimizer, output_dir=tmp_path).close()
+
+
+def test_optimizers_that_know_the_patch_or_leave_out_more_than_it_are_taken(tmp_path: Path) -> None:
+    model = patch_model(make("gpt2"), "gtrxl")
+    for parameters in (model.parameters(), model.transformer.wte.parameters(), [nn.Parameter(torch.zeros(2))]):
+        GradGuard(model, AdamW(parameters), output_dir=tmp_path).close()
+    early = trainer(plain := make("gpt2"), tmp_path, GradGuardCallback(), max_steps=1)
+    patch_model(plain, "residual=layerscale")  # before the Trainer has made its optimizer
+    before = weights(plain)
+    early.train()
+    changed = {name for name, value in weights(plain).items() if not torch.equal(value, before[name])}
+    assert any(CONTAINER in name for name in changed)
+
+
 class Scaling(Trainer):
     """What to do where `optimizers` can't be given."""
 

@@ -541,6 +541,42 @@ def test_what_is_patched_is_trained(tmp_path: Path) -> None:
         GradGuard(model, output_dir=tmp_path).close()
 
 
+# What the Trainer would resume from
+
+
+def test_a_checkpoint_of_another_patch_is_not_resumed_from(tmp_path: Path) -> None:
+    def resumed(patch: str | None) -> Any:
+        model = make("gpt2") if patch is None else patch_model(make("gpt2"), patch)
+        options = {"save_strategy": "steps", "save_steps": 3}
+        return model, trainer(model, tmp_path, GradGuardCallback(), **options)
+
+    scaled = "residual=branch_scale;init=normal;activation=relu"  # has no weights that could be missed
+    resumed(scaled)[1].train()
+    message = (
+        r"checkpoint-6 is of a model patched with '(.*;residual=branch_scale)', but this GPT2LMHeadModel is {}, .*"
+    )
+    for patch, called in (
+        (None, "not patched"),
+        ("activation=relu", "patched with 'activation=relu'"),
+        ("residual=branch_scale:exponent=1;init=normal;activation=relu", "patched with 'residual=branch_scale:exp.*'"),
+        ("residual=branch_scale;init=normal", "patched with 'residual=branch_scale;init=normal'"),
+    ):
+        model, run = resumed(patch)
+        before = weights(model)
+        with pytest.raises(ValueError, match=message.format(called) + r"patch_model\(model, '\1'\)"):
+            run.train(resume_from_checkpoint=True)
+        assert_bit_equal(weights(model), before)
+    for patch in (scaled, "activation=relu;residual=branch_scale:base_depth=1"):
+        resumed(patch)[1].train(resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_without_a_patch_is_not_resumed_from_with_one(tmp_path: Path) -> None:
+    trainer(make("gpt2"), tmp_path, save_strategy="steps", save_steps=3).train()
+    run = trainer(patch_model(make("gpt2"), "residual=branch_scale;init=normal"), tmp_path, GradGuardCallback())
+    with pytest.raises(ValueError, match=r"is of a model not patched, .* leave patch_model out"):
+        run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+
+
 # Transformers
 
 
