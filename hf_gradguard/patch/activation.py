@@ -42,6 +42,13 @@ class ReplacedActivation:
             setattr(config, field, value)
 
 
+def check_known(name: str) -> None:
+    """Raises ValueError for a name that is not in Transformers' `ACT2FN`; the message has the nearest known."""
+    if not isinstance(name, str) or name not in ACT2FN:
+        close, known = nearest(str(name), ACT2FN), ", ".join(sorted(ACT2FN))
+        raise ValueError(f"unknown activation {name!r}{close}. Known: {known}")
+
+
 def replace_activation(anatomy: Anatomy, name: str) -> ReplacedActivation:
     """Gives every MLP another activation, in place; in a gated MLP that of the gate.
 
@@ -61,8 +68,7 @@ def replace_activation(anatomy: Anatomy, name: str) -> ReplacedActivation:
     Raises:
         ValueError: the name is unknown; the message has the nearest known.
     """
-    if name not in ACT2FN:
-        raise ValueError(f"unknown activation {name!r}{nearest(name, ACT2FN)}. Known: {', '.join(sorted(ACT2FN))}")
+    check_known(name)
     slots = _branch_slots(anatomy)
     field, places = _deciding_field(anatomy.model, set(slots))
     modules = dict(anatomy.model.named_modules())

@@ -181,6 +181,9 @@ def read_architecture(model: nn.Module) -> Anatomy:
 
 def pretrained(model: nn.Module) -> PreTrainedModel:
     """The outermost `PreTrainedModel` in a module; raises TypeError where there is none."""
+    if not isinstance(model, nn.Module):
+        what = f"the class {model.__name__}" if isinstance(model, type) else f"{type(model).__name__} {model!r:.80}"
+        raise TypeError(f"patches need a model, not {what}; make one first, by from_pretrained or from_config")
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             return module

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 from transformers.activations import ACT2FN
 
+from hf_gradguard.patch.activation import check_known
 from hf_gradguard.patch.attention import AttentionPatch, attentions
 from hf_gradguard.patch.embedding import EmbeddingPatch, embeddings
 from hf_gradguard.patch.init import Initialisation, inits
@@ -61,11 +62,8 @@ class PatchConfig:
             if value is not None:
                 text = registry.canonical(value)
                 object.__setattr__(self, name, None if text == registry.absent else text)
-        if self.activation is not None and self.activation not in ACT2FN:
-            known = ", ".join(sorted(ACT2FN))
-            raise ValueError(
-                f"unknown activation {self.activation!r}{nearest(self.activation, ACT2FN)}. Known: {known}"
-            )
+        if self.activation is not None:
+            check_known(self.activation)
         if not self.to_dict():
             raise ValueError("an empty patch changes nothing; give one of " + ", ".join(self.part_names()))
 
@@ -96,7 +94,10 @@ class PatchConfig:
         if isinstance(spec, PatchConfig):
             return spec
         if not isinstance(spec, str):
-            raise TypeError(f"a patch is text or a PatchConfig, not a {type(spec).__name__} (PatchConfig.from_dict)")
+            raise TypeError(
+                f"a patch is text or a PatchConfig, not a {type(spec).__name__}: write a preset, as 'rezero', or parts, "
+                "as 'residual=layerscale;norm=pre'; PatchConfig.from_dict makes one of a mapping"
+            )
         first, *others = [item.strip() for item in spec.split(";") if item.strip()] or [""]
         preset = _preset(first)
         given: dict[str, str] = {}
@@ -163,6 +164,8 @@ def _part(item: str, spec: str) -> tuple[str, str]:
     """A part and its text, from `part=text` or from a name that only one part knows."""
     part, separator, value = (word.strip() for word in item.partition("="))
     if separator and part in PatchConfig.part_names():
+        if "=" in value.partition(":")[0]:
+            raise ValueError(f"{spec!r}: write ';' between parts, and ':' between a name and its options, in {item!r}")
         return part, value
     if separator and ":" not in part:
         known = PatchConfig.part_names()

@@ -49,7 +49,8 @@ class Conflict:
 
 
 def _is_scaled_twice(setting: Setting) -> bool:
-    if setting.name("residual") not in ("branch_scale", "completep"):
+    residual = setting.config.residual_patch
+    if residual is None or residual.preserving or setting.name("residual") not in ("branch_scale", "completep"):
         return False
     if setting.name("init") in _DEPTH_SCALED:
         return True

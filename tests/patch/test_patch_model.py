@@ -180,6 +180,8 @@ def test_a_text_stands_for_these_parts(text: str, parts: str) -> None:
         ("rezero;layerscale", r"the preset 'layerscale' must come first"),
         ("norm=pre;norm=post", r"norm is given twice, 'pre' and 'post'"),
         ("xavier;kaiming", r"init is given twice, 'xavier' and 'kaiming'"),
+        ("residual=rezero norm=pre", r"write ';' between parts, and .* in 'residual=rezero norm=pre'"),
+        ("rezero;norm=pre,init=xavier", r"write ';' between parts, and .* in 'norm=pre,init=xavier'"),
         ("", r"an empty patch changes nothing; give one of residual, norm, init"),
         (" ; ", r"an empty patch"),
         ("residual=none", r"an empty patch"),
@@ -206,8 +208,14 @@ def test_the_examples_in_docstrings_are_true(name: str, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("patch", [None, 3, {"norm": "pre"}, ["rezero"]])
 def test_what_is_no_text_is_refused(patch: Any) -> None:
-    with pytest.raises(TypeError, match="a patch is text or a PatchConfig, not a"):
+    with pytest.raises(TypeError, match=r"a patch is text or a PatchConfig, not a .*'rezero'"):
         patch_model(CASES["bert"].make(), patch)
+
+
+def test_an_activation_is_a_name() -> None:
+    for activation in (nn.ReLU(), nn.ReLU, 3):
+        with pytest.raises(ValueError, match=r"unknown activation .*Known: gelu"):
+            PatchConfig(activation=activation)  # type: ignore[arg-type]
 
 
 def test_an_empty_configuration_is_refused() -> None:
@@ -533,6 +541,9 @@ def test_a_model_that_is_not_ready_is_refused_with_what_to_do(kind: str) -> None
 
 
 def test_what_is_no_transformers_model_is_refused() -> None:
+    for nothing, called in (("gpt2", "str 'gpt2'"), (tf.GPT2LMHeadModel, "the class GPT2LMHeadModel"), (None, "None")):
+        with pytest.raises(TypeError, match=rf"patches need a model, not .*{called}; make one first"):
+            patch_model(nothing, "rezero")
     with pytest.raises(TypeError, match="Linear holds no Transformers model"):
         patch_model(nn.Linear(2, 2), "rezero")
     with pytest.raises(ValueError, match=r"model_type 'vit' is not in the table of architectures; supported: bart"):
@@ -618,6 +629,7 @@ ON_STREAM = "no gain makes a layer the identity"
         ("gpt2", "residual=branch_scale", TWICE),
         ("gpt2", "residual=branch_scale;init=normal", None),
         ("llama", "residual=branch_scale", None),
+        ("gpt2", "residual=branch_scale:scale=1", None),
         ("gpt2", "residual=layerscale", None),
         ("gpt2", "norm=sandwich;init=gpt2", CANCELS),
         ("gpt2", "norm=sandwich;init=ds_init", CANCELS),
