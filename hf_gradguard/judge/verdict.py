@@ -107,10 +107,11 @@ def _vanishing(stack: Stack, profile: DepthProfile, thresholds: Thresholds) -> V
         "vanishing",
         f"the gradient fades on its way to the input{_within(stack)}; the lower layers are hardly trained.",
         why + ".",
-        "Put the normalisation before attention and MLP instead of after the sum (pre-norm), or scale the residual "
-        "branches down at the start (ReZero, LayerScale, DeepNorm). Without changing the model: lower the learning "
-        "rate, lengthen the warm-up or use fewer layers, and start again or from a checkpoint before this: what has "
-        "come this far seldom recovers. Clipping the norm of all gradients does not help: it keeps the proportions.",
+        "Begin anew with a patched model: patch_model(model, 'pre_ln_scaled') puts norms before the branches and "
+        "scales these down by depth; rezero, layerscale and deepnorm are others (gradguard patches lists all). Without "
+        "changing the model: lower the learning rate, lengthen the warm-up or use fewer layers, and start again or "
+        "from a checkpoint before this: what has come this far seldom recovers. Clipping the norm of all gradients "
+        "does not help: it keeps the proportions.",
         profile.bottom_to_top,
         thresholds.vanishing,
         begins or first,
