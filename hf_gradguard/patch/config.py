@@ -95,8 +95,8 @@ class PatchConfig:
             return spec
         if not isinstance(spec, str):
             raise TypeError(
-                f"a patch is text or a PatchConfig, not a {type(spec).__name__}: write a preset, as 'rezero', or parts, "
-                "as 'residual=layerscale;norm=pre'; PatchConfig.from_dict makes one of a mapping"
+                f"a patch is text or a PatchConfig, not a {type(spec).__name__}: write a preset, as 'rezero', or "
+                "parts, as 'residual=layerscale;norm=pre'; PatchConfig.from_dict makes one of a mapping"
             )
         first, *others = [item.strip() for item in spec.split(";") if item.strip()] or [""]
         preset = _preset(first)
