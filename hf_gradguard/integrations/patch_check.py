@@ -54,6 +54,22 @@ def refuse_checkpoint(model: nn.Module, checkpoint: str | Path) -> None:
     )
 
 
+def unsaved(model: nn.Module) -> str | None:
+    """A warning where a part of a model is patched, and the config of the model around it, which is the one that is
+    saved, does not say so: an encoder-decoder put together of two models. None where all is well."""
+    module, found = _description(model)
+    outer = next((each for each in model.modules() if hasattr(each, "save_pretrained")), module)
+    if found is None or isinstance(getattr(getattr(outer, "config", None), _FIELD, None), Mapping):
+        return None
+    whole, part = type(outer).__name__, type(module).__name__
+    return (
+        f"only a part of this {whole} is patched, a {part} with {_text(_parts(found))!r}, and the config that is saved "
+        f"with the {whole} does not say so: from_pretrained will make it without the patch, which is another function. "
+        f"Save the {part} for itself and put the {whole} together again from that, or fold the part (fold_patches) "
+        "before you save"
+    )
+
+
 def _description(model: nn.Module) -> tuple[nn.Module, Mapping[str, Any] | None]:
     """What a config in a model says of its patch, and the module whose config it is; the model and None where none
     does."""

@@ -98,6 +98,11 @@ def data_parallel(trainer: Trainer) -> str | None:
     return None
 
 
+def unsaved_patch(trainer: Trainer) -> str | None:
+    """A patch that is on a part of the model alone, and not in its checkpoints."""
+    return None if trainer.model is None else patch_check.unsaved(trainer.model)
+
+
 def loss_scaling(trainer: Trainer, batch: Mapping[str, Any]) -> str | None:
     """Whether the loss is divided by the number of target tokens of the whole window, as the Trainer believes of any
     model that takes keyword arguments; where it is not, accumulation adds up gradients that nobody divides.
@@ -126,7 +131,7 @@ def loss_scaling(trainer: Trainer, batch: Mapping[str, Any]) -> str | None:
     )
 
 
-CHECKS: list[Check] = [no_gradient_to_see, data_parallel]
+CHECKS: list[Check] = [no_gradient_to_see, data_parallel, unsaved_patch]
 """Run before every training; `loss_scaling` waits for the first batch."""
 
 

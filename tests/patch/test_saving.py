@@ -22,6 +22,7 @@ from transformers.quantizers import auto as quantizers
 import hf_gradguard
 from hf_gradguard import GradGuard, GradGuardCallback, PatchConfig, load_patched, patch_model, unpatch_model
 from hf_gradguard.integrations import loading as registration
+from hf_gradguard.integrations import patch_check
 from hf_gradguard.patch import CONTAINER
 from hf_gradguard.patch.applied import ATTRIBUTE, applied_to
 from tests.models import language_data, make
@@ -539,6 +540,27 @@ def test_what_is_patched_is_trained(tmp_path: Path) -> None:
         nn.Sequential(patch_model(make("bert"), "norm=pre")),
     ):
         GradGuard(model, output_dir=tmp_path).close()
+
+
+def test_a_patch_on_a_part_of_a_model_is_said_not_to_be_saved(tmp_path: Path) -> None:
+    encoder: Any = make("bert")
+    decoder = tf.BertConfig(**{**encoder.config.to_dict(), "is_decoder": True, "add_cross_attention": True})
+    model = tf.EncoderDecoderModel(encoder=encoder.bert, decoder=tf.BertLMHeadModel(decoder))
+    for special in ("decoder_start_token_id", "pad_token_id"):
+        setattr(model.config, special, 0)
+    patch_model(model.encoder, "norm=pre")
+
+    def warnings() -> list[str]:
+        run = trainer(model, tmp_path, callback := GradGuardCallback(), max_steps=1)
+        run.train()
+        return [event.message for event in callback.guard.events if event.kind == "warning"]
+
+    (message,) = warnings()
+    assert "only a part of this EncoderDecoderModel is patched, a BertModel with 'norm=pre'" in message
+    unpatch_model(model.encoder)
+    assert warnings() == []
+    for whole in (patch_model(make("t5"), "norm=post"), nn.Sequential(patch_model(make("bert"), "norm=pre"))):
+        assert patch_check.unsaved(whole) is None
 
 
 # What the Trainer would resume from
