@@ -31,7 +31,7 @@ from hf_gradguard.patch.rescale import (
 )
 from hf_gradguard.patch.residual import ResidualPatch
 from hf_gradguard.patch.residual.completep import CompleteP, OutputScale
-from hf_gradguard.patch.residual.install import installed
+from hf_gradguard.patch.residual.installed import installed
 
 M = TypeVar("M", bound=nn.Module)
 

@@ -141,7 +141,7 @@ class Tap(nn.Module):
         if x is None:
             raise RuntimeError(
                 f"{self.place}: the branch ended, but its residual was not seen in this forward pass. Another library "
-                "may have replaced the module whose input it is; patch the model after that library has changed it"
+                "may have replaced the module whose input it is, as PEFT does with modules_to_save; leave it out there"
             )
         y = y if held is None else y + held
         return _with_first(output, (self._joined(x, y) - x).to(torch.promote_types(x.dtype, y.dtype)))

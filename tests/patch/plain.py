@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_gradguard.patch import Branch, read_architecture
-from hf_gradguard.patch.residual.install import install, installed
+from hf_gradguard.patch.model import patch_model
+from hf_gradguard.patch.residual.installed import installed
 from tests.patch.gates import PLAIN, Gate
 from tests.patch.models import CASES
 
@@ -112,7 +113,7 @@ def pair(name: str, spec: str, *, is_training: bool = False, **changes: Any) -> 
     case = CASES[name]
     model, reference = case.make(**changes).train(is_training), case.make(**changes).train(is_training)
     torch.manual_seed(11)
-    found = list(installed(install(model, spec)))
+    found = list(installed(read_architecture(patch_model(model, f"residual={spec}"))))
     own: dict[int, nn.ParameterDict] = {}
     generator = torch.Generator().manual_seed(12)
     names, keys = [], {id(parameter): key for key, parameter in model.named_parameters()}

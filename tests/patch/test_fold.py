@@ -20,7 +20,7 @@ from hf_gradguard.patch.fold import fold_patches
 from hf_gradguard.patch.loading import load_patched
 from hf_gradguard.patch.model import patch_model, unpatch_model
 from hf_gradguard.patch.residual import MultiplierPatch, ResidualPatch, SkipInit, rules
-from hf_gradguard.patch.residual.install import installed
+from hf_gradguard.patch.residual.installed import installed
 from tests.patch.models import ALL, CASES, logits
 
 POST = ["bart", "bert", "bert-cross", "distilbert", "electra", "opt-post", "roberta"]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_gradguard.patch import Branch, Multiplier, read_architecture
+from hf_gradguard.patch.model import patch_model
 from hf_gradguard.patch.residual import (
     GRUGate,
     HighwayGate,
@@ -21,7 +22,6 @@ from hf_gradguard.patch.residual import (
     SigmoidTanhGate,
     rules,
 )
-from hf_gradguard.patch.residual.install import install
 from tests.patch import plain
 from tests.patch.models import CASES, logits
 
@@ -293,7 +293,7 @@ def refused(name: str, spec: str, message: str, model: Any = None) -> None:
     model = CASES[name].make() if model is None else model
     expected = logits(model, CASES[name].inputs())
     with pytest.raises(ValueError, match=message):
-        install(model, spec)
+        patch_model(model, f"residual={spec}")
     assert torch.equal(logits(model, CASES[name].inputs()), expected)
 
 
@@ -331,17 +331,11 @@ def test_the_lstm_gate_is_refused_where_a_branch_may_run_twice_or_not_at_all() -
     refused("gpt2", "lstm_gate", "gradient_checkpointing=False, or use residual='gru_gate'", model)
 
 
-def test_no_rule_changes_nothing() -> None:
-    model = CASES["bert"].make()
-    install(model, "none")
-    install(model, "rezero")
-
-
 def test_a_patched_model_is_refused() -> None:
     model = CASES["bert"].make()
-    install(model, "deepnorm")
+    patch_model(model, "residual=deepnorm")
     with pytest.raises(ValueError, match="is patched already"):
-        install(model, "deepnorm")
+        patch_model(model, "residual=deepnorm")
     assert model.bert.encoder.layer[0].output.LayerNorm.eps == pytest.approx(1e-12 / 2)
 
 
@@ -358,6 +352,6 @@ def test_a_rule_of_ones_own_is_one_class(monkeypatch: pytest.MonkeyPatch) -> Non
             return lambda branch: Multiplier(self.by, learnable=False)
 
     model, other = CASES["gpt2"].make(), CASES["gpt2"].make()
-    install(model, "constant:by=0.25")
-    install(other, "branch_scale:scale=0.25")
+    patch_model(model, "residual=constant:by=0.25")
+    patch_model(other, "residual=branch_scale:scale=0.25")
     assert torch.equal(logits(model, CASES["gpt2"].inputs()), logits(other, CASES["gpt2"].inputs()))

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from hf_gradguard.patch import CONTAINER, detach, read_architecture
+from hf_gradguard.patch import CONTAINER, read_architecture
+from hf_gradguard.patch.model import patch_model, unpatch_model
 from hf_gradguard.patch.residual import LSTMGate, rules
-from hf_gradguard.patch.residual.install import install, installed
+from hf_gradguard.patch.residual.installed import installed
 from tests.patch.gates import PLAIN, bart_layer, bert_layer, distilbert_layer, opt_post_layer
 from tests.patch.models import ALL, CASES, GENERATIVE, check_generation, gradients, logits
 from tests.patch.plain import pair
@@ -60,7 +61,7 @@ WRITTEN_OUT = [(name, spec) for name, spec in some(*sorted(PLAIN)) if name != PA
 def model_with(name: str, spec: str, seed: int = 0, **changes: Any) -> Any:
     model = CASES[name].make(**changes)
     torch.manual_seed(seed)
-    install(model, spec)
+    patch_model(model, f"residual={spec}")
     return model
 
 
@@ -153,7 +154,7 @@ def test_the_gain_of_a_rule_folds_into_the_output_projection(name: str) -> None:
         expected = logits(model, inputs)
         patch = rules.parse(spec)
         folds = [(branch, patch.gain(rule)) for branch, rule in installed(read_architecture(model))]
-        detach(model)
+        unpatch_model(model)
         for branch, gain in folds:
             assert gain is not None
             column = gain.reshape(-1, 1) if isinstance(gain, Tensor) else gain
@@ -173,7 +174,7 @@ def test_uninstall_gives_the_model_back(name: str) -> None:
             model = model_with(name, spec)
             logits(model, inputs)
             for one in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), model):
-                detach(one)
+                unpatch_model(one)
                 assert torch.equal(logits(one, inputs), expected)
                 assert repr(one) == text
 
@@ -192,7 +193,7 @@ def test_autocast_computes_nearly_the_same(name: str, spec: str) -> None:
 @pytest.mark.parametrize(("name", "spec"), some("bert", "gpt2", "t5"))
 def test_bfloat16_stays_bfloat16(name: str, spec: str) -> None:
     model = CASES[name].make().bfloat16()
-    install(model, spec)
+    patch_model(model, f"residual={spec}")
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert logits(model, CASES[name].inputs(dtype=torch.bfloat16)).dtype == torch.bfloat16
     assert {gradient.dtype for gradient in gradients(model, CASES[name].inputs()).values()} == {torch.bfloat16}
@@ -219,7 +220,7 @@ def test_deepnorm_is_the_norm_of_a_larger_residual_with_the_norms_own_epsilon(
         alpha = alphas.get(layer.branches[0].stack, 4**0.25)
         gates = [lambda x, y, alpha=alpha: alpha * x + y for _ in layer.branches]
         layer.module.forward = layer_by_hand(layer.module, *gates)
-    install(model, "deepnorm")
+    patch_model(model, "residual=deepnorm")
 
     def run(one: Any) -> Tensor:
         torch.manual_seed(5)

@@ -19,7 +19,7 @@ with the dataclass of its options and of what is known of it; see `patch`. A fur
     >>> rules.parse("half")
     Half()
 
-`install.install(model, "layerscale:init=0.1")` puts one on a model.
+`patch_model(model, "residual=half")` puts it on a model.
 """
 
 from hf_gradguard.patch.residual.branch_scale import BranchScale
