@@ -58,15 +58,22 @@ ARMS = {
         "rezero",
         "pre_ln_scaled",
         "layerscale",
-        "sandwich",
+        "gtrxl",
         "deepnorm",
         "completep",
+        "sandwich",
         "t_fixup",
-        "gtrxl",
-        "residual=rezero",
-        "norm=pre",
+        "gtrxl:bias=2",
     ),
-    "gpt2": ("rezero", "pre_ln_scaled", "layerscale", "sandwich", "completep", "embedding=unit_rms"),
+    "gpt2": (
+        "pre_ln_scaled",
+        "completep:base_depth=12",
+        "completep",
+        "rezero",
+        "layerscale",
+        "sandwich",
+        "deepnorm",
+    ),
 }
 """What is tried with each model, beside the unpatched one of both depths."""
 NEEDS_GROUPS = ("completep",)

@@ -55,7 +55,7 @@ PRESETS: dict[str, Preset] = {
     ),
     "layerscale": Preset(
         main="residual",
-        fixed={"residual": "layerscale", "norm": "pre", "embedding": "unit_rms"},
+        fixed={"residual": "layerscale", "norm": "pre", "init": "normal", "embedding": "unit_rms"},
         summary="pre-norm with a learned gain for each channel, small at first",
         citation="Touvron et al. 2021, arXiv 2103.17239",
     ),
@@ -67,8 +67,8 @@ PRESETS: dict[str, Preset] = {
     ),
     "gtrxl": Preset(
         main="residual",
-        fixed={"residual": "gru_gate", "norm": "pre"},
-        summary="pre-norm, and the gate of a GRU in place of every addition",
+        fixed={"residual": "gru_gate:bias=none", "norm": "pre", "embedding": "unit_rms"},
+        summary="pre-norm, and the gate of a GRU in place of every addition, its bias by depth",
         citation="Parisotto et al. 2019, arXiv 1910.06764",
     ),
     "completep": Preset(

@@ -195,6 +195,25 @@ def test_gates_begin_nearly_shut(name: str) -> None:
     assert change[0] > 1.5 * change[1] > 3 * change[2] > 0
 
 
+@pytest.mark.parametrize("layers", [2, 12, 100])
+def test_gates_whose_bias_begins_by_depth_let_a_third_of_the_stream_through(layers: int) -> None:
+    """With gates that see nothing of x and y but their bias, x is what is left when y is zero."""
+    x = torch.ones(1, 16)
+    for name in ("gru_gate", "highway_gate"):
+        found = x
+        for gate in made(f"{name}:bias=none", anatomy_of("gpt2", n_layer=layers)):
+            with torch.no_grad():
+                for key, parameter in gate.named_parameters():
+                    parameter.mul_(key == "bias")
+                found = gate(found, torch.zeros(1, 16))
+        torch.testing.assert_close(
+            found, torch.full((1, 16), (1 - 1 / (2 * layers)) ** (2 * layers)), rtol=1e-4, atol=0
+        )
+        assert 0.3 < found.min() < 0.37
+    paper = made("gru_gate", anatomy_of("gpt2", n_layer=layers))[0]
+    assert paper.bias.unique().tolist() == [2.0]
+
+
 def test_a_gates_matrices_are_xavier_each_by_its_own_fans() -> None:
     torch.manual_seed(0)
     gate = GRUGate(64)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hf_gradguard.patch.anatomy import Branch
 from hf_gradguard.patch.residual.gtrxl import GTrXLGate, GTrXLPatch
 from hf_gradguard.patch.residual.linear import stacked
 from hf_gradguard.patch.residual.patch import rules
@@ -23,8 +24,8 @@ class InputPatch(GTrXLPatch):
 
     summary = "σ(W·x) ⊙ x + y: x decides how much of itself goes on"
 
-    def _gate(self, width: int) -> InputGate:
-        return InputGate(width, self.relu)
+    def _gate(self, branch: Branch) -> InputGate:
+        return InputGate(branch.output.out_features, self.relu)
 
 
 class InputGate(GTrXLGate):
