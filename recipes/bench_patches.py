@@ -23,6 +23,7 @@ import resource
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 # Threads that wait must not count as work.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -158,7 +159,7 @@ def _peak(setting: Setting) -> float:
         step(model, batch)
     if torch.cuda.is_available():
         return float(torch.cuda.max_memory_allocated())
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0 - _IMPORTED
+    return _resident() - _IMPORTED
 
 
 def _share(one: float, other: float) -> float:
@@ -166,7 +167,15 @@ def _share(one: float, other: float) -> float:
     return one / other if other > 0 else math.nan
 
 
-_IMPORTED = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
+def _resident() -> float:
+    """The most memory that this process has had, in bytes."""
+    status = Path("/proc/self/status")
+    if status.exists():  # the other way counts what the parent had when it began this process
+        return 1024.0 * next(int(row.split()[1]) for row in status.read_text().splitlines() if row.startswith("VmHWM"))
+    return 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+_IMPORTED = _resident()
 """What the process took when everything was imported."""
 
 
