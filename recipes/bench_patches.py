@@ -27,6 +27,8 @@ from pathlib import Path
 
 # Threads that wait must not count as work.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# For the processes whose memory is measured: glibc gives large buffers back at once, as it does until it learns better.
+os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "1048576")
 
 import numpy as np
 import torch
