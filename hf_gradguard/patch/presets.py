@@ -30,8 +30,16 @@ class Preset:
         for option in filter(None, options.split(",")):
             other = self.shared.get(option.partition("=")[0].strip())
             for part in (self.main, *([] if other is None else [other])):
-                parts[part] += ("," if ":" in parts[part] else ":") + option
+                parts[part] = _with_option(parts[part], option)
         return parts
+
+
+def _with_option(spec: str, option: str) -> str:
+    """A part's text with one more option, in place of one of the same name."""
+    name, _, options = spec.partition(":")
+    key = option.partition("=")[0].strip()
+    others = [each for each in filter(None, options.split(",")) if each.partition("=")[0].strip() != key]
+    return f"{name}:{','.join([*others, option])}"
 
 
 PRESETS: dict[str, Preset] = {

@@ -113,7 +113,7 @@ def test_a_patch_that_does_not_fold_is_one_line_and_writes_nothing(
 ) -> None:
     save(tmp_path / "in", "gtrxl;norm=sandwich")
     line = failure(capsys, tmp_path / "in", tmp_path / "out")
-    assert "residual='gru_gate'" in line
+    assert "residual='gru_gate:bias=none'" in line
     assert "norm='sandwich'" in line
     assert not (tmp_path / "out").exists()
 

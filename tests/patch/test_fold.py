@@ -262,7 +262,7 @@ def assert_refused(model: Any, name: str, *words: str) -> None:
 @pytest.mark.parametrize(
     ("name", "spec", "words"),
     [
-        ("gpt2", "gtrxl", ["residual='gru_gate': a gate's answer is not linear"]),
+        ("gpt2", "gtrxl", ["residual='gru_gate:bias=none': a gate's answer is not linear"]),
         ("gpt2", "sandwich", ["norm='sandwich': where norms act is said by a model's code"]),
         ("bert", "pre_ln_scaled", ["norm='pre'"]),
         ("bert", "rezero", ["norm='none'"]),

@@ -136,13 +136,14 @@ def test_parts_may_be_given_as_objects() -> None:
 @pytest.mark.parametrize(
     ("text", "parts"),
     [
-        ("gtrxl", "residual=gru_gate;norm=pre"),
-        ("gtrxl:bias=3", "residual=gru_gate:bias=3;norm=pre"),
-        ("gtrxl:bias=3,relu=false", "residual=gru_gate:bias=3,relu=false;norm=pre"),
-        ("gtrxl;init=xavier", "residual=gru_gate;norm=pre;init=xavier"),
-        ("gtrxl:bias=1;norm=none:final=false", "residual=gru_gate:bias=1;norm=none:final=false"),
-        ("gtrxl;highway_gate", "residual=highway_gate;norm=pre"),
-        ("gtrxl;residual=rezero:init=1", "residual=rezero:init=1;norm=pre"),
+        ("gtrxl", "residual=gru_gate:bias=none;norm=pre;embedding=unit_rms"),
+        ("gtrxl:bias=3", "residual=gru_gate:bias=3;norm=pre;embedding=unit_rms"),
+        ("gtrxl:relu=false", "residual=gru_gate:bias=none,relu=false;norm=pre;embedding=unit_rms"),
+        ("gtrxl:bias=3,relu=false", "residual=gru_gate:bias=3,relu=false;norm=pre;embedding=unit_rms"),
+        ("gtrxl;init=xavier", "residual=gru_gate:bias=none;norm=pre;init=xavier;embedding=unit_rms"),
+        ("gtrxl:bias=1;norm=none:final=false", "residual=gru_gate:bias=1;norm=none:final=false;embedding=unit_rms"),
+        ("gtrxl;highway_gate;embedding=none", "residual=highway_gate;norm=pre"),
+        ("gtrxl;residual=rezero:init=1", "residual=rezero:init=1;norm=pre;embedding=unit_rms"),
         ("sandwich;embedding=none", "norm=sandwich"),
         ("t_fixup", "norm=none:final=false;init=t_fixup"),
         ("gru_gate", "residual=gru_gate"),
@@ -566,7 +567,7 @@ def saved(tmp_path: Path) -> Any:
 @pytest.mark.parametrize(
     ("name", "patch", "changed"),
     [
-        ("bert", "gtrxl", "residual=gru_gate and norm=pre make another function"),
+        ("bert", "gtrxl", "residual=gru_gate:bias=none and norm=pre make another function"),
         ("bert", "norm=pre", "norm=pre makes another function"),
         ("gpt2", "norm=pre;residual=gru_gate", "residual=gru_gate makes another function"),
         ("gpt2", "embedding=unit_rms", "embedding=unit_rms makes another function"),

@@ -324,7 +324,11 @@ def described(name: str, patch: str) -> Any:
 
 @pytest.mark.parametrize(
     ("name", "patch"),
-    [*((name, "rezero;activation=prelu") for name in ALL), ("bert", "sandwich"), ("t5", "layerscale;embedding=norm")],
+    [
+        *((name, "residual=rezero;norm=none;embedding=unit_rms;activation=prelu") for name in ALL),
+        ("bert", "sandwich"),
+        ("t5", "residual=layerscale;norm=pre;embedding=norm"),
+    ],
 )
 def test_a_vanilla_checkpoint_begins_as_patch_model_begins(name: str, patch: str, tmp_path: Path) -> None:
     CASES[name].make().save_pretrained(tmp_path)
@@ -484,7 +488,7 @@ def test_training_goes_on_the_same_from_a_loaded_model(tmp_path: Path) -> None:
 
 def test_the_best_model_is_loaded_at_the_end(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    model = patch_model(make("gpt2"), "layerscale:init=1.0")
+    model = patch_model(make("gpt2"), "residual=layerscale:init=1.0;norm=pre;embedding=unit_rms")
     every = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
     options = arguments(tmp_path, learning_rate=0.5, load_best_model_at_end=True, **every)
     data = language_data(64)
