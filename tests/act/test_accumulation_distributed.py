@@ -15,6 +15,7 @@ from hf_gradguard.act.accumulation import Accumulator, Fixed
 from hf_gradguard.observe.norms import Measurement
 from tests.counters import Counters
 from tests.models import language_data, make
+from tests.processes import leave_group
 
 RANKS = 2
 # Examples of each process in each window: two updates of three windows.
@@ -76,7 +77,7 @@ def worker(rank: int, store: str, work: Callable[[int], None]) -> None:
         work(rank)
         dist.barrier()  # none hangs up while the other still listens
     finally:
-        dist.destroy_process_group()
+        leave_group()
 
 
 def ddp_trains_like_one_process(rank: int) -> None:

@@ -16,6 +16,7 @@ from hf_gradguard.observe.norms import Measurement
 from tests.act.test_clipping import Replay
 from tests.counters import Counters
 from tests.models import language_data, make
+from tests.processes import leave_group
 
 RANKS = 2
 
@@ -182,7 +183,7 @@ def worker(rank: int, store: str) -> None:
         assert reason is not None
         assert "3 of 4 parameters are sharded" in reason
     finally:
-        dist.destroy_process_group()
+        leave_group()
 
 
 def test_sharded_gradients_are_clipped_as_one_process_would(tmp_path: Path) -> None:

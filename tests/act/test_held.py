@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_gradguard.act.accumulation import HeldGradients
 from hf_gradguard.observe.norms import NO_GRADIENT
+from tests.processes import leave_group
 
 SHAPES = [(3,), (20, 30), (1,), (7, 2, 5)]
 WEIGHTS = [1.0, 0.3, 2.5]
@@ -291,7 +292,7 @@ def mixed_worker(rank: int, store: str) -> None:
             found = parameter.grad.full_tensor() if isinstance(parameter.grad, DTensor) else parameter.grad
             torch.testing.assert_close(found.double(), value / 4, rtol=1e-6, atol=1e-6)
     finally:
-        dist.destroy_process_group()
+        leave_group()
 
 
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")

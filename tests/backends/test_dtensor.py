@@ -11,6 +11,7 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from tests.counters import Counters
+from tests.processes import leave_group
 
 RANKS = 2
 
@@ -45,7 +46,7 @@ def worker(rank: int, store: str) -> None:
         # One for each way of being split, and one for the tensor whose float32 squares vanish.
         assert counters.counts["collectives"] == 3, counters.counts
     finally:
-        dist.destroy_process_group()
+        leave_group()
 
 
 def test_sharded_norms_equal_those_of_one_process(tmp_path: Path) -> None:
@@ -78,7 +79,7 @@ def fsdp_worker(rank: int, store: str) -> None:
         torch.testing.assert_close(torch.tensor(found), torch.tensor(expected).double(), rtol=1e-5, atol=0)
         assert counters.counts["collectives"] == 1, counters.counts
     finally:
-        dist.destroy_process_group()
+        leave_group()
 
 
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")

@@ -30,6 +30,7 @@ from transformers import Trainer
 from hf_gradguard.observe.origin import MicroBatch, Origin, save, trace
 from hf_gradguard.observe.random_state import RandomState
 from tests.models import VOCABULARY, language_data, make
+from tests.processes import leave_group
 from tests.training import trainer
 
 MARK = VOCABULARY - 1
@@ -1039,7 +1040,7 @@ def test_under_ddp_with_gradients_in_its_buckets_they_are_left_as_they_were() ->
         assert all(weight.grad is gradient for weight, gradient in zip(plain.parameters(), gradients, strict=True))
         assert all(same(one, other) for one, other in zip(gradients, before, strict=True))
     finally:
-        dist.destroy_process_group()
+        leave_group()
 
 
 # Everything is left as it was

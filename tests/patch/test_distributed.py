@@ -17,6 +17,7 @@ from hf_gradguard.patch.model import patch_model, unpatch_model
 from tests.patch.gates import make_gate
 from tests.patch.models import CASES, gradients, logits
 from tests.patch.test_taps import close_gradients
+from tests.processes import leave_group
 
 RANKS = 2
 
@@ -57,7 +58,7 @@ def worker(rank: int, store: str, wrap: Callable[[Any], nn.Module]) -> None:
                         whole = found[key].full_tensor() if hasattr(found[key], "full_tensor") else found[key]
                         torch.testing.assert_close(whole, gradient, atol=1e-7, rtol=1e-4, msg=f"{name} {key}")
     finally:
-        dist.destroy_process_group()
+        leave_group()
 
 
 @pytest.mark.slow
@@ -102,7 +103,7 @@ def patch_worker(rank: int, store: str, wrap: Callable[[Any], nn.Module]) -> Non
             for checkpointing in (False, True):
                 check_patched(name, patch, wrap, checkpointing)
     finally:
-        dist.destroy_process_group()
+        leave_group()
 
 
 @pytest.mark.slow
@@ -128,7 +129,7 @@ def sharded_worker(rank: int, store: str) -> None:
         assert not torch.allclose(logits(model, inputs), expected, atol=1e-2)
         torch.testing.assert_close(logits(unpatch_model(model), inputs), expected)
     finally:
-        dist.destroy_process_group()
+        leave_group()
 
 
 @pytest.mark.slow
