@@ -19,6 +19,7 @@ from hf_gradguard.observe.random_state import RandomState
 from hf_gradguard.observe.ranges import leaves
 from hf_gradguard.observe.structure import unwrapped_root
 from hf_gradguard.observe.tracer import Origin, Tracer
+from hf_gradguard.observe.unchanged import put_back, unchanged
 
 __all__ = ["MicroBatch", "Origin", "save", "trace"]
 
@@ -98,26 +99,13 @@ def _unchanged(root: nn.Module, micro_batch: MicroBatch) -> Iterator[None]:
     """Puts gradients, buffers, training flags and random state back at the end, whatever happens."""
     inputs = [leaf for _, leaf in leaves(micro_batch.inputs) if isinstance(leaf, Tensor) and leaf.requires_grad]
     with ExitStack() as stack:
-        stack.callback(RandomState.capture().restore)
-        for module in root.modules():
-            stack.callback(setattr, module, "training", module.training)
-            buffers = module.named_buffers(recurse=False, remove_duplicate=False)
-            for name, buffer in ((name, buffer) for name, buffer in buffers if not buffer.is_meta):
-                stack.callback(_put_back, module, name, buffer, buffer.detach().clone())
+        stack.enter_context(unchanged(root))
         for leaf in (*root.parameters(), *(tensor for tensor in inputs if tensor.is_leaf)):
             # DDP may keep its gradients in buffers of its own, which the replay writes to as well.
             copy = leaf.grad.detach().clone() if leaf.grad is not None and _is_distributed() else None
-            stack.callback(_put_back, leaf, "grad", leaf.grad, copy)
+            stack.callback(put_back, leaf, "grad", leaf.grad, copy)
             leaf.grad = None
         yield
-
-
-@torch.no_grad()
-def _put_back(owner: Any, name: str, tensor: Tensor | None, values: Tensor | None) -> None:
-    setattr(owner, name, tensor)
-    # Only what has changed: some buffers are expanded, and can't be written to.
-    if tensor is not None and values is not None and not torch.equal(local_part(tensor), local_part(values)):
-        local_part(tensor).copy_(local_part(values))
 
 
 def _is_distributed() -> bool:

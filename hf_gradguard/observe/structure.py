@@ -67,6 +67,22 @@ def read_layout(model: nn.Module) -> tuple[Layout, list[nn.Parameter]]:
     return _layout(names, _slots(root)), list(names)
 
 
+def layer_modules(root: nn.Module) -> list[nn.Module | None]:
+    """The modules that the layers of a model begin with, in the order of `Layout.layers`.
+
+    Where there is no list of layers they are the recurrent modules, None for a level that is not entered from outside:
+    all but the first in a module of several.
+
+    Args:
+        root: the model, unwrapped.
+    """
+    if stacks := _stacks(root):
+        return [modules[0] for stack in stacks for modules in stack.layers]
+    cores = [unit.core for unit in _walk(root, (), {}) if isinstance(unit, _Unit)]
+    recurrent = [core for core in cores if isinstance(core, nn.RNNBase)]
+    return [level for core in recurrent for level in (core, *[None] * (core.num_layers - 1))]
+
+
 # Names and wrappers
 
 _ADAPTED = ("base_layer", "original_module")  # where PEFT keeps the module that an adapter stands in for
