@@ -20,6 +20,7 @@ LAYOUT = "layout.json.gz"
 WINDOWS = "windows.arrow"
 WEIGHTS = "weights.arrow"
 ACCUMULATION = "accumulation.arrow"
+TIME_PROFILES = "time_profiles.arrow"
 EVENTS = "events.jsonl"
 END = "end.json"
 

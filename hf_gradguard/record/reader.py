@@ -14,10 +14,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hf_gradguard.events import Event
+from hf_gradguard.observe.reach import TimeProfile
 from hf_gradguard.record import files
 from hf_gradguard.record.files import RecordError
 from hf_gradguard.record.groups import NO_GRADIENT, group_norms
-from hf_gradguard.record.stream import accumulation_schema, read_stream, weights_schema, windows_schema
+from hf_gradguard.record.stream import (
+    accumulation_schema,
+    read_stream,
+    time_profiles_schema,
+    weights_schema,
+    windows_schema,
+)
 
 if TYPE_CHECKING:
     from hf_gradguard.observe.layout import Layout
@@ -63,6 +70,8 @@ class Segment:
     """`[m]`, empty where no policy decided when the optimizer steps."""
     accumulation: dict[str, Floats]
     """Windows held, weight, accumulated norm, noise scale and updated (0 or 1), each `[m]`, by name."""
+    time_profiles: dict[int, TimeProfile]
+    """How far back in time the gradient reached, by step, in the order of time; empty where it was not measured."""
     events: list[Event]
     """In the order in which they happened."""
 
@@ -85,7 +94,8 @@ class Segment:
         return cls(
             path, run, layout, int(run.get("start_step", 0)), str(end.get("status")), str(end.get("message", "")),
             steps, numbers, norms, *_read_weights(path / files.WEIGHTS, layout),
-            *_read_accumulation(path / files.ACCUMULATION), _read_events(path / files.EVENTS),
+            *_read_accumulation(path / files.ACCUMULATION), _read_time_profiles(path / files.TIME_PROFILES),
+            _read_events(path / files.EVENTS),
         )  # fmt: skip
 
     def parameter_norms(self) -> Iterator[NDArray[np.float32]]:
@@ -165,6 +175,13 @@ class RunRecord:
         self.update_ratios = self._by_group([s.update_ratios for s in segments], weights_kept)
         """Norm of the update ÷ norm of the weights of each group, `[k, groups]`."""
         self._read_held(segments, limits)
+        self.time_profiles = {
+            step: profile
+            for s, limit in zip(segments, limits, strict=True)
+            for step, profile in s.time_profiles.items()
+            if step <= limit
+        }
+        """How far back in time the gradient reached in some windows, by step, in the order of time."""
         self.events = [
             event for s, limit in zip(segments, limits, strict=True) for event in s.events if event.step <= limit
         ]
@@ -329,6 +346,19 @@ def _read_accumulation(path: Path) -> tuple[NDArray[np.int64], dict[str, Floats]
         rows.append(np.stack([batch[name].to_numpy(zero_copy_only=False) for name in _HELD], axis=1))
     columns = np.concatenate(rows).T
     return np.concatenate(steps), dict(zip(_HELD, columns, strict=True))
+
+
+def _read_time_profiles(path: Path) -> dict[int, TimeProfile]:
+    profiles = {}
+    for batch in read_stream(path, time_profiles_schema()):
+        column = {name: batch[name].to_numpy() for name in batch.schema.names}
+        steps = np.unique(column["step"])
+        if len(steps) != 1 or not np.array_equal(column["lag"], np.arange(len(column["lag"]))):
+            raise RecordError.damaged(path, "a profile has not all lags from 0 on")
+        quantiles = np.stack([column[name] for name in ("low", "middle", "high")], axis=1)
+        profile = TimeProfile(column["mean"], quantiles, column["zero_share"], column["samples"].astype(np.int64))
+        profiles[int(steps[0])] = profile
+    return profiles
 
 
 def _read_events(path: Path) -> list[Event]:

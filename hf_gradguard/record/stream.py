@@ -67,6 +67,21 @@ def accumulation_schema() -> Any:
     )
 
 
+def time_profiles_schema() -> Any:
+    """Columns of `time_profiles.arrow`: one row a lag, all lags of one profile in one batch."""
+    import pyarrow as pa
+
+    numbers = ("mean", "low", "middle", "high", "zero_share")
+    return pa.schema(
+        [
+            pa.field("step", pa.int64(), nullable=False),
+            pa.field("lag", pa.int32(), nullable=False),
+            *(pa.field(name, pa.float64(), nullable=False) for name in numbers),
+            pa.field("samples", pa.int32(), nullable=False),
+        ]
+    )
+
+
 def _list_field(name: str) -> Any:
     import pyarrow as pa
 

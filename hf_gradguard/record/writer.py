@@ -22,6 +22,7 @@ from hf_gradguard.record.stream import (
     Ragged,
     StreamWriter,
     accumulation_schema,
+    time_profiles_schema,
     weights_schema,
     windows_schema,
     write_all,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from hf_gradguard.observe.layout import Layout
+    from hf_gradguard.observe.reach import TimeProfile
 
 _logger = logging.getLogger(__name__)
 
@@ -152,6 +154,7 @@ class RecordWriter:
             files.WINDOWS: windows_schema(),
             files.WEIGHTS: weights_schema(),
             files.ACCUMULATION: accumulation_schema(),
+            files.TIME_PROFILES: time_profiles_schema(),
         }
         self._streams: dict[str, StreamWriter] = {}
         self._events: FileIO | None = None
@@ -198,6 +201,20 @@ class RecordWriter:
         if self._is_open:
             self._accumulations.append(row)
             self._accumulated += 1
+
+    def time_profile(self, step: int, profile: TimeProfile) -> None:
+        """Writes a time profile at once, without the norms that it was made of.
+
+        Args:
+            step: of the window in which it was measured.
+            profile: what was measured.
+        """
+        if not self._is_open:
+            return
+        try:
+            self._stream(files.TIME_PROFILES).append(_time_profile_columns(step, profile))
+        except OSError as error:
+            self._give_up(error)
 
     def event(self, event: Event) -> None:
         """Writes one event at once, or with the next windows if it is of a routine kind."""
@@ -314,9 +331,12 @@ class RecordWriter:
         write_all(self._events, lines)
 
     def _append(self, name: str, columns: Mapping[str, NDArray[Any] | Ragged]) -> None:
+        self._spent += self._stream(name).append(columns)
+
+    def _stream(self, name: str) -> StreamWriter:
         if name not in self._streams:
             self._streams[name] = StreamWriter(self.path / name, self._schemas[name])
-        self._spent += self._streams[name].append(columns)
+        return self._streams[name]
 
     def _give_up(self, error: OSError) -> None:
         if self._failure:
@@ -354,6 +374,20 @@ def _new_segment(directory: Path) -> Path:
             number += 1
         else:
             return path
+
+
+def _time_profile_columns(step: int, profile: TimeProfile) -> dict[str, NDArray[Any] | Ragged]:
+    low, middle, high = profile.quantiles.T
+    return {
+        "step": np.full(len(profile.lags), step, np.int64),
+        "lag": profile.lags,
+        "mean": profile.mean,
+        "low": low,
+        "middle": middle,
+        "high": high,
+        "zero_share": profile.zero_share,
+        "samples": profile.samples,
+    }
 
 
 def _buffer_size(parameters: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from hf_gradguard.observe.layout import Group, Layout, ParameterInfo
+from hf_gradguard.observe.reach import TimeProfile
 from hf_gradguard.record.writer import AccumulationRow, Window
 
 
@@ -55,3 +56,15 @@ def held_at(step: int, **changes: object) -> AccumulationRow:
         "updated": step % 3 == 0,
     }
     return AccumulationRow(**(values | changes))
+
+
+def profile_at(step: int, lags: int = 20) -> TimeProfile:
+    """Six samples, a few of which are zero, and one of which overflowed."""
+    norms = np.random.default_rng(step).lognormal(-80, 40, (6, lags))
+    norms[:2, -1], norms[2, 3], norms[:3, lags // 2 :] = 0.0, np.inf, np.nan
+    return TimeProfile.of(norms)
+
+
+def assert_same_profile(found: TimeProfile, expected: TimeProfile) -> None:
+    for name in ("lags", "mean", "quantiles", "zero_share", "samples"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))

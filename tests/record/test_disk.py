@@ -14,7 +14,7 @@ from hf_gradguard.events import Event
 from hf_gradguard.observe.layout import Group, Layout, ParameterInfo
 from hf_gradguard.record.reader import RunRecord
 from hf_gradguard.record.writer import RecordWriter
-from tests.record.samples import SMALL, held_at, layout_of, window_at
+from tests.record.samples import SMALL, held_at, layout_of, profile_at, window_at
 
 BERT_PARTS = [
     f"{module}.{kind}"
@@ -118,6 +118,26 @@ def test_without_a_policy_there_is_no_table_of_what_is_held(tmp_path):
         assert values.shape == (0,)
 
 
+def test_a_time_profile_takes_at_most_56_bytes_a_lag_and_a_frame(tmp_path):
+    writer = RecordWriter(tmp_path, SMALL, {})
+    for step in range(10):
+        writer.time_profile(step, profile_at(step, 500))
+    writer.close("finished")
+    assert (writer.path / "time_profiles.arrow").stat().st_size <= 10 * (56 * 500 + 1_100)
+
+
+def test_time_profiles_delay_no_flush(tmp_path):
+    written = []
+    for profiles in (0, 20):
+        writer = RecordWriter(tmp_path / str(profiles), SMALL, {}, flush_seconds=0)
+        for step in range(1, 301):
+            for _ in range(profiles):
+                writer.time_profile(step, profile_at(step))
+            writer.window(window_at(step))
+        written.append(len(RunRecord.load(tmp_path / str(profiles)).steps))
+    assert written[0] == written[1] > 250
+
+
 def test_events_of_routine_kinds_delay_no_flush(tmp_path):
     written = []
     for routine in (0, 20):
@@ -197,6 +217,17 @@ def test_a_disk_that_is_full_at_the_start_leaves_no_segment_to_read(tmp_path):
         RunRecord.load(tmp_path)
 
 
+def test_a_disk_that_is_full_when_a_time_profile_comes_is_one_warning(tmp_path, caplog):
+    writer = RecordWriter(tmp_path, SMALL, {})
+    with no_file_beyond(3_000):
+        for step in range(9):
+            writer.time_profile(step, profile_at(step))
+    assert [record.levelno for record in caplog.records] == [logging.WARNING]
+    profiles = RunRecord.load(tmp_path).time_profiles
+    assert 0 < len(profiles) < 9
+    assert list(profiles) == list(range(len(profiles)))
+
+
 def test_a_closed_writer_writes_no_more(tmp_path):
     writer = RecordWriter(tmp_path, SMALL, {})
     writer.window(window_at(1))
@@ -204,6 +235,7 @@ def test_a_closed_writer_writes_no_more(tmp_path):
     before = size_of(tmp_path)
     writer.window(window_at(2))
     writer.accumulation(held_at(2))
+    writer.time_profile(2, profile_at(2))
     for kind in ("spike", "deferred"):
         writer.event(Event(kind, 2))
     writer.weights(2, np.ones(9), np.ones(9))

@@ -15,7 +15,7 @@ from hf_gradguard.events import Event
 from hf_gradguard.record import files
 from hf_gradguard.record.reader import RunRecord
 from hf_gradguard.record.writer import RecordWriter
-from tests.record.samples import held_at, layout_of, norms_at, window_at
+from tests.record.samples import assert_same_profile, held_at, layout_of, norms_at, profile_at, window_at
 
 LAYOUT = layout_of({"layer 0": 200, "layer 1": 200})
 COUNT = len(LAYOUT.parameters)
@@ -29,6 +29,8 @@ def write_for_ever(directory: Path, start_step: int) -> None:
     step = start_step
     while True:
         step += 1
+        if step % 3 == 1:
+            writer.time_profile(step, profile_at(step))
         writer.accumulation(held_at(step))
         writer.window(window_at(step, COUNT))
         writer.event(Event("deferred", step))
@@ -68,6 +70,11 @@ def assert_gapless(record: RunRecord) -> None:
     rows = [held_at(step) for step in record.accumulation_steps.tolist()]
     assert record.held_weights.tolist() == [row.weight for row in rows]
     assert record.accumulation_updated.tolist() == [row.updated for row in rows]
+    profiles = list(record.time_profiles)
+    assert profiles == list(range(1, 3 * len(profiles), 3))
+    assert len(profiles) >= len(steps) // 3  # each was there before its window
+    for step, profile in record.time_profiles.items():
+        assert_same_profile(profile, profile_at(step))
 
 
 @pytest.mark.parametrize(("number", "size"), list(enumerate(SIZES)))

@@ -16,7 +16,7 @@ from hf_gradguard.record import files
 from hf_gradguard.record import writer as writer_module
 from hf_gradguard.record.reader import RecordError, RunRecord
 from hf_gradguard.record.writer import RecordWriter
-from tests.record.samples import SMALL, held_at, layout_of, norms_at, window_at
+from tests.record.samples import SMALL, assert_same_profile, held_at, layout_of, norms_at, profile_at, window_at
 
 COUNT = len(SMALL.parameters)
 
@@ -264,6 +264,36 @@ def test_a_policy_that_is_taken_up_on_resuming_is_known_from_there_on(tmp_path):
     assert record.accumulation_steps.tolist() == [6]
 
 
+def test_time_profiles_are_there_at_once_and_come_back_exactly(tmp_path):
+    writer = RecordWriter(tmp_path, SMALL, {}, flush_seconds=math.inf)
+    for step, lags in ((1, 20), (101, 5), (201, 300)):
+        writer.time_profile(step, profile_at(step, lags))
+    profiles = RunRecord.load(tmp_path).time_profiles
+    assert list(profiles) == [1, 101, 201]
+    assert profiles[201].lags.tolist() == list(range(300))
+    for step, lags in ((1, 20), (101, 5), (201, 300)):
+        assert_same_profile(profiles[step], profile_at(step, lags))
+        assert profiles[step].norms is None
+
+
+def test_time_profiles_of_superseded_windows_are_gone(tmp_path):
+    for start, steps in ((0, (1, 4, 7)), (5, (6, 9))):
+        writer = RecordWriter(tmp_path, SMALL, {}, start_step=start)
+        for step in steps:
+            writer.time_profile(step, profile_at(step + start))
+        writer.close("finished")
+    profiles = RunRecord.load(tmp_path).time_profiles
+    assert list(profiles) == [1, 4, 6, 9]
+    assert_same_profile(profiles[6], profile_at(11))
+    assert list(RunRecord.load(tmp_path).segments[0].time_profiles) == [1, 4, 7]
+
+
+def test_a_record_without_time_profiles_has_none(tmp_path):
+    writer = write(tmp_path, [1, 2])
+    assert not (writer.path / files.TIME_PROFILES).exists()
+    assert RunRecord.load(tmp_path).time_profiles == {}
+
+
 def test_a_run_that_is_not_closed_is_readable_up_to_its_last_flush(tmp_path):
     writer = RecordWriter(tmp_path, SMALL, {}, flush_seconds=math.inf)
     for step in range(1, 11):
@@ -470,7 +500,16 @@ def test_one_wrong_bit_anywhere_is_an_error_or_a_cut_end_but_never_a_wrong_value
 
 @pytest.mark.parametrize(
     "name",
-    [files.WINDOWS, files.WEIGHTS, files.ACCUMULATION, files.EVENTS, files.RUN, files.LAYOUT, files.END],
+    [
+        files.WINDOWS,
+        files.WEIGHTS,
+        files.ACCUMULATION,
+        files.TIME_PROFILES,
+        files.EVENTS,
+        files.RUN,
+        files.LAYOUT,
+        files.END,
+    ],
 )
 @pytest.mark.parametrize("content", [b"not what it should be\n" * 9, b"[1]\n", b"\x80\xff\xff\xff\x00\n"])
 def test_a_wrong_file_is_one_error_that_names_it_and_the_remedy(tmp_path, name, content):
@@ -486,6 +525,14 @@ def test_a_stream_of_other_columns_is_an_error(tmp_path):
     writer = write(tmp_path, [1, 2])
     writer.path.joinpath(files.WEIGHTS).write_bytes(writer.path.joinpath(files.WINDOWS).read_bytes())
     with pytest.raises(RecordError, match="its columns are"):
+        RunRecord.load(tmp_path)
+
+
+def test_a_profile_that_is_not_whole_is_an_error(tmp_path):
+    writer = RecordWriter(tmp_path, SMALL, {})
+    columns = writer_module._time_profile_columns(1, profile_at(1))
+    writer._stream(files.TIME_PROFILES).append({name: column[1:] for name, column in columns.items()})
+    with pytest.raises(RecordError, match="a profile has not all lags"):
         RunRecord.load(tmp_path)
 
 
