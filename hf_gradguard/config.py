@@ -65,6 +65,10 @@ class GradGuardConfig:
     weights_every: int = 100
     """Measure weight norms, update-to-weight ratios and underflow each so many windows, and once more after a quarter
     of that; 0 for never."""
+    time_profile_every: int = 0
+    """Measure how far back in time the gradient reaches (`time_profile`) in the first window, in each so many windows
+    after it and in the last; 0 for never. Each costs one forward and eight backward passes of the window's first
+    micro-batch, and waits for them."""
     log_layers: bool = False
     """Whether the norm of every layer goes into the Trainer's log as well (`gradguard/layer_000/grad_norm` …)."""
     check_loss_scaling: bool = True
@@ -79,8 +83,10 @@ class GradGuardConfig:
             object.__setattr__(self, name, registry.canonical(getattr(self, name)))
         if self.record_every != "auto" and not (_is_whole(self.record_every) and int(self.record_every) >= 1):
             raise ValueError(f"record_every={self.record_every!r} must be a whole number from 1, or 'auto'")
-        if not _is_whole(self.weights_every) or self.weights_every < 0:
-            raise ValueError(f"weights_every={self.weights_every!r} must be a whole number from 0 (0 for never)")
+        for name in ("weights_every", "time_profile_every"):
+            value = getattr(self, name)
+            if not _is_whole(value) or value < 0:
+                raise ValueError(f"{name}={value!r} must be a whole number from 0 (0 for never)")
         if not (isinstance(self.flush_seconds, (int, float)) and 0 <= self.flush_seconds < math.inf):
             raise ValueError(f"flush_seconds={self.flush_seconds!r} must be a number of seconds from 0")
         if not (isinstance(self.noise_smoothing, (int, float)) and 0 <= self.noise_smoothing < 1):

@@ -33,6 +33,8 @@ from hf_gradguard.observe import origin
 from hf_gradguard.observe.fault import Fault, find_fault
 from hf_gradguard.observe.layout import Layout
 from hf_gradguard.observe.norms import NO_GRADIENT, HostCopy, Measurement
+from hf_gradguard.observe.profiler import TimeProfiler
+from hf_gradguard.observe.reach import TimeProfile
 from hf_gradguard.observe.reading import Reading
 from hf_gradguard.observe.replay import Replays
 from hf_gradguard.observe.structure import read_layout
@@ -44,6 +46,8 @@ from hf_gradguard.window import WindowUnderWay
 logger = logging.getLogger(__name__)
 
 _REQUIRES_GRAD = attrgetter("requires_grad")
+_SHARING = ("DEEPSPEED", "MEGATRON_LM")
+"""Kinds of distributed training that share out weights in a way of their own."""
 _COUNTS = ("windows", "updates", "skipped", "clipped", "deferred")
 
 
@@ -109,6 +113,7 @@ class GradGuard:
         self.reading: Reading | None = None
         self.events: list[Event] = []
         self.weights: WeightReading | None = None
+        self.time_profile: TimeProfile | None = None
         self.run_id = uuid.uuid4().hex
         self.step_number = start_step
         self.windows = 0
@@ -136,6 +141,8 @@ class GradGuard:
         self._window = WindowUnderWay()
         self._said: set[str] = set()
         self._read_layout()
+        obstacle = self._obstacle_to_time_profiles()
+        self._profiler = TimeProfiler(model, self.config.time_profile_every, max_steps, obstacle)
 
     # One window, from the first forward pass to the optimizer's step
 
@@ -160,6 +167,8 @@ class GradGuard:
             run: the micro-batch's forward and backward pass.
             inputs: what the model is given; only a reference is kept, to the end of the window.
         """
+        if self._window.micro_batches == 0 and self._is_main and not self.is_replaying:
+            self._look_back(inputs)
         self._replays.keep(self._window.micro_batches, run, inputs)
 
     def micro_batch(self, loss: Tensor | None, *, complete: bool, weight: Tensor | float | None = None) -> None:
@@ -423,6 +432,7 @@ class GradGuard:
         if self._forward_passes is not None:
             self._forward_passes.remove()
         self._replays.end()
+        self._profiler.end()
         if held := self._policies.discard():
             self.say(sentences.discarded(self.step_number, held))
         if self._record is not None:
@@ -502,6 +512,23 @@ class GradGuard:
             self.say(Event("warning", self.step_number, message=f"training goes on unrecorded: {error}"))
             return
         weakref.finalize(self, self._record.flush)  # a loop that never calls `close` loses nothing either
+
+    def _obstacle_to_time_profiles(self) -> str:
+        kind = getattr(self._accelerator, "distributed_type", "")
+        if not self._is_sharded and str(getattr(kind, "value", kind)) not in _SHARING:
+            return ""
+        return "the weights are shared out over the processes, where it would take all of them to run the model"
+
+    def _look_back(self, inputs: Mapping[str, Any]) -> None:
+        """Measures, if that is due, how far back in time the gradient reaches."""
+        step = self.step_number + 1
+        found = self._profiler.look(step, inputs)
+        if isinstance(found, str):
+            self.say(Event("notice", step, message=f"no time profile was measured: {found}"))
+        elif found is not None:
+            self.time_profile = found
+            if self._record is not None:
+                self._record.time_profile(step, found)
 
     def _measure(self) -> Measurement:
         window = self._window

@@ -37,6 +37,7 @@ def test_yaml_written_by_hand_needs_only_what_differs(tmp_path: Path) -> None:
         ({"record_every": 0}, ["record_every=0 must be a whole number from 1, or 'auto'"]),
         ({"record_every": "often"}, ["record_every='often'"]),
         ({"weights_every": -1}, ["weights_every=-1"]),
+        ({"time_profile_every": 0.5}, ["time_profile_every=0.5 must be a whole number from 0"]),
         ({"flush_seconds": float("nan")}, ["flush_seconds=nan"]),
         ({"record": "yes"}, ["record='yes' must be true or false"]),
         ({"thresholds": {"windw": 3}}, ["unknown option thresholds.'windw'", "did you mean 'window'?"]),

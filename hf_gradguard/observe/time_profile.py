@@ -24,6 +24,7 @@ __all__ = ["TimeProfile", "time_profile"]
 
 POSITIONS = 8
 """How many losses of each row are looked at, where nothing else is asked for."""
+_LABELS = ("labels", "shift_labels")
 _IGNORED = -100
 _UNSHIFTED = ("ForMaskedLM", "ForTokenClassification")
 """Kinds of model, as Transformers calls their losses, whose labels stand under their own token."""
@@ -46,9 +47,9 @@ def time_profile(
     """Measures ‖∂ loss_t / ∂ x_{t−k}‖₂ for the lags k = 0, 1, 2 …: how far back in time a gradient reaches.
 
     - Of a causal language model, loss_t = −log p(token t+1 | tokens ≤ t), and x_t what the input embedding gives for
-      token t: lag 0 is the token whose successor is predicted. Labels stand under the tokens, as Transformers has
-      them, and are shifted here; where one is −100 there is no loss. (A causal model of `ForTokenClassification` is not
-      shifted.)
+      token t: lag 0 is the token whose successor is predicted. `labels` stand under the tokens, as Transformers has
+      them, and are shifted here; `shift_labels` are not. Where one is −100 there is no loss. (Nor are the labels of a
+      causal model of `ForTokenClassification` shifted.)
     - Of a sequence classifier there is one loss a row, at its end: lag 0 is the last token that is not padding.
     - Lags count tokens that are not padding, whichever side that is on: where `attention_mask` is not zero; for a
       classifier without a mask, where `input_ids` are not `config.pad_token_id`, as Transformers pools; else all.
@@ -65,7 +66,7 @@ def time_profile(
 
     Args:
         model: wrapped or not, compiled or not; in whatever precision: what is made of its gradient is float64.
-        batch: what the model is called with, `labels` among it, on any device. Rows `[rows, tokens]` of `input_ids`, or
+        batch: what the model is called with, labels among it, on any device. Rows `[rows, tokens]` of `input_ids`, or
             `inputs_embeds` `[rows, tokens, features]`. A cache in it is left as it is; lags do not reach into it.
         positions: how many t in each row, at most: they lie at even distances between `max_lag` and the end of the row,
             so that all lags come from the same losses (a shorter row gives its last one only). Or which ones, counted
@@ -94,11 +95,15 @@ def time_profile(
             "tokens of both apart; a time profile needs a model that reads one sequence from left to right"
         )
     inputs, labels = _split(root, batch)
+    is_shifted = "shift_labels" not in batch and getattr(root, "loss_type", None) not in _UNSHIFTED
     # Every exception leaves through these: what they changed is put back.
     with unchanged(root), uncompiled(), _without_dropout(root), torch.enable_grad():
         run = _forward(root, inputs, wrt)
-        losses = _row_losses(root, run, labels) if run.logits.ndim == 2 else _token_losses(root, run, labels)
-        if not losses.is_shifted:
+        if run.logits.ndim == 2:
+            losses = _row_losses(root, run, labels)
+        else:
+            losses = _token_losses(run, labels, is_shifted=is_shifted)
+        if run.logits.ndim == 2 or not is_shifted:
             _refuse_both_directions(root, run)
         columns, longest = losses.choose(positions, max_lag)
         return TimeProfile.of(_norms(root, run, losses, columns, longest))
@@ -120,19 +125,20 @@ def _refuse_arguments(positions: int | Sequence[int], max_lag: int | None, wrt: 
 
 def _split(root: nn.Module, batch: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor]:
     """Inputs and labels, on the model's device."""
-    labels = batch.get("labels")
+    labels = batch.get("shift_labels", batch.get("labels"))
     if not isinstance(labels, Tensor):
         raise ValueError(
             f"the batch has no labels (it has {', '.join(map(str, batch)) or 'nothing'}), so there is no loss; for a "
             "language model give it labels=input_ids, with -100 where nothing is to be predicted"
         )
     device = next((parameter.device for parameter in root.parameters()), labels.device)
-    inputs = {name: _own(value, device) for name, value in batch.items() if name != "labels" and value is not None}
-    given = inputs.get("inputs_embeds", inputs.get("input_ids"))
-    if not isinstance(given, Tensor) or given.ndim < 2:
+    given = {name: value for name, value in batch.items() if name not in _LABELS and value is not None}
+    inputs = {name: _own(value, device) for name, value in given.items()}
+    tokens = inputs.get("inputs_embeds", inputs.get("input_ids"))
+    if not isinstance(tokens, Tensor) or tokens.ndim < 2:
         raise ValueError(f"the batch holds neither input_ids [rows, tokens] nor inputs_embeds; it has {list(batch)}")
-    if given.shape[1] < 2:
-        raise ValueError(f"the rows of the batch have {given.shape[1]} token: a lag needs two")
+    if tokens.shape[1] < 2:
+        raise ValueError(f"the rows of the batch have {tokens.shape[1]} token: a lag needs two")
     return inputs, labels.to(device)
 
 
@@ -331,7 +337,6 @@ class _Losses:
     """`[rows, tokens, classes]`, or `[rows, classes]`."""
     targets: Tensor
     """`[rows, tokens]`, the label of each token's loss; or the labels of the rows."""
-    is_shifted: bool
     kind: str
     """`tokens`, or what a classifier's `problem_type` is."""
 
@@ -379,19 +384,18 @@ class _Losses:
         return F.cross_entropy(chosen, targets, reduction="sum")
 
 
-def _token_losses(root: nn.Module, run: _Pass, labels: Tensor) -> _Losses:
+def _token_losses(run: _Pass, labels: Tensor, *, is_shifted: bool) -> _Losses:
     if labels.shape != run.logits.shape[:2]:
         raise ValueError(
             f"labels {list(labels.shape)} do not fit logits {list(run.logits.shape)}: one a token is needed"
         )
-    is_shifted = getattr(root, "loss_type", None) not in _UNSHIFTED
     targets = F.pad(labels[:, 1:], (0, 1), value=_IGNORED) if is_shifted else labels
     usable = run.real & (targets != _IGNORED).cpu().numpy()
     if is_shifted:
         usable[:, :-1] &= run.real[:, 1:]
     rank = np.cumsum(run.real, axis=1) - 1
     # A loss at the first token has nothing before it.
-    return _Losses(usable & (rank > 0), rank, run.logits, targets, is_shifted, "tokens")
+    return _Losses(usable & (rank > 0), rank, run.logits, targets, "tokens")
 
 
 def _row_losses(root: nn.Module, run: _Pass, labels: Tensor) -> _Losses:
@@ -406,7 +410,7 @@ def _row_losses(root: nn.Module, run: _Pass, labels: Tensor) -> _Losses:
     usable = run.real & (rank == rank[:, -1:]) & (rank > 0)
     if kind == "single_label_classification":
         usable &= (labels != _IGNORED).cpu().numpy()[:, None]
-    return _Losses(usable, rank, run.logits, labels, False, kind)
+    return _Losses(usable, rank, run.logits, labels, kind)
 
 
 # The backward passes
@@ -435,10 +439,16 @@ def _norms(root: nn.Module, run: _Pass, losses: _Losses, columns: Integers, long
     backward, samples = _Backward(), []
     for places in columns:
         norms = backward.norms(losses.total(places), run.source)
+        if run.source is not run.embedded and np.any(norms[~run.real]):
+            raise ValueError(
+                f"a layer of {type(root).__name__} does not have its hidden states under their tokens where rows are "
+                "padded, or reads padding as text; give rows without padding, or use wrt='embedding'"
+            )
         for row in np.flatnonzero(places >= 0):
             order = np.flatnonzero(run.real[row])
             here = int(losses.rank[row, places[row]])
-            _refuse_later(root, norms[row, order], here)
+            if (later := _later(norms[row, order], here)) is not None:
+                raise _both_directions(root, here, later)
             sample = np.full(longest + 1, np.nan)
             reached = norms[row, order[max(0, here - longest) : here + 1]][::-1]
             sample[: len(reached)] = reached
@@ -448,24 +458,30 @@ def _norms(root: nn.Module, run: _Pass, losses: _Losses, columns: Integers, long
 
 
 def _refuse_both_directions(root: nn.Module, run: _Pass) -> None:
-    """Raises where what a token has become depends on tokens after it; where layers are known."""
+    """Raises where what a token has become depends on tokens after it; told where layers are known."""
     if run.last_hidden is None:
         return
     row = int(run.real.sum(axis=1).argmax())
     order = np.flatnonzero(run.real[row])
     middle = (len(order) - 1) // 2
-    hidden = run.last_hidden[row, order[middle]]
     # Different factors: after a normalisation, a plain sum of features or of their squares is constant.
-    factors = torch.cos(torch.arange(len(hidden), device=hidden.device))
-    norms = _Backward().norms((hidden.float() * factors).sum(), run.embedded)
-    _refuse_later(root, norms[row, order], middle)
+    factors = torch.cos(torch.arange(run.last_hidden.shape[-1], device=run.last_hidden.device))
+    later = []
+    for column in {int(order[middle]), middle}:  # some layers are given padded rows with the padding at their end
+        loss = (run.last_hidden[row, column].float() * factors).sum()
+        later.append(_later(_Backward().norms(loss, run.embedded)[row, order], middle))
+    if None not in later:
+        raise _both_directions(root, middle, later[0])
 
 
-def _refuse_later(root: nn.Module, norms: Floats, here: int) -> None:
+def _later(norms: Floats, here: int) -> int | None:
+    """The first place after this one that has a gradient; one that overflowed tells nothing."""
     later = here + 1 + np.flatnonzero(norms[here + 1 :])
-    if len(later) and np.isfinite(norms[later[0]]):
-        raise ValueError(
-            f"{type(root).__name__} reads in both directions: what it makes of token {here} depends on token "
-            f"{later[0]}, so that no lag tells how long ago a token was; a time profile needs a model that reads from "
-            "left to right"
-        )
+    return int(later[0]) if len(later) and np.isfinite(norms[later[0]]) else None
+
+
+def _both_directions(root: nn.Module, here: int, later: int | None) -> ValueError:
+    return ValueError(
+        f"{type(root).__name__} reads in both directions: what it makes of token {here} depends on token {later}, so "
+        "that no lag tells how long ago a token was; a time profile needs a model that reads from left to right"
+    )

@@ -337,6 +337,15 @@ def test_a_causal_model_that_labels_tokens_is_not_shifted() -> None:
     np.testing.assert_allclose(profile.norms[0], embedded.grad[0].norm(dim=-1).flip(0), rtol=1e-9)
 
 
+def test_labels_that_are_already_shifted_are_taken_as_they_are() -> None:
+    model, given = make("gpt2"), batch(2)
+    shifted = torch.cat([given["labels"][:, 1:], torch.tensor([[7], [9]])], dim=1)
+    found = time_profile(model, {"input_ids": given["input_ids"], "shift_labels": shifted}, positions=[5, 13])
+    expected = time_profile(model, given, positions=[5], max_lag=9)
+    np.testing.assert_array_equal(found.norms[:2, :6], expected.norms)
+    assert found.norms.shape == (4, 10)  # the last token has a loss of its own
+
+
 def test_embedded_inputs_do_as_well_as_ids() -> None:
     model, given = make("opt"), batch()
     embedded = model.get_input_embeddings()(given["input_ids"]).detach()
