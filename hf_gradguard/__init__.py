@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from hf_gradguard.callback import GradGuardCallback
     from hf_gradguard.config import GradGuardConfig
     from hf_gradguard.guard import GradGuard
+    from hf_gradguard.models.configuration import RecurrentConfig
+    from hf_gradguard.models.modeling import RecurrentForCausalLM, RecurrentForSequenceClassification
     from hf_gradguard.patch.architectures import list_architectures, register_architecture
     from hf_gradguard.patch.catalogue import list_patches
     from hf_gradguard.patch.config import PatchConfig
@@ -31,6 +33,9 @@ __all__ = [
     "GradGuardCallback",
     "GradGuardConfig",
     "PatchConfig",
+    "RecurrentConfig",
+    "RecurrentForCausalLM",
+    "RecurrentForSequenceClassification",
     "RunRecord",
     "fold_patches",
     "list_architectures",
@@ -47,6 +52,9 @@ _HOME = {
     "GradGuardCallback": "callback",
     "GradGuardConfig": "config",
     "PatchConfig": "patch.config",
+    "RecurrentConfig": "models.configuration",
+    "RecurrentForCausalLM": "models.modeling",
+    "RecurrentForSequenceClassification": "models.modeling",
     "RunRecord": "record.reader",
     "fold_patches": "patch.fold",
     "list_architectures": "patch.architectures",
@@ -58,8 +66,10 @@ _HOME = {
     "unpatch_model": "patch.model",
 }
 
-# `from_pretrained` must know patched checkpoints from now on; that is no reason to import Transformers here.
+# `from_pretrained` must know patched checkpoints and recurrent models from now on; that is no reason to import
+# Transformers here.
 register_post_import_hook("hf_gradguard.integrations.loading:register", "transformers.quantizers")
+register_post_import_hook("hf_gradguard.integrations.auto:register", "transformers.models.auto.configuration_auto")
 
 
 def __getattr__(name: str) -> Any:
