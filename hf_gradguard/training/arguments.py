@@ -6,17 +6,20 @@ import argparse
 import ast
 import dataclasses
 import inspect
+import json
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_type_hints
+from typing import Any, Literal, NoReturn, TypeVar, get_type_hints
 
-from torch import cuda
+import torch
+import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from hf_gradguard.config import GradGuardConfig
+from hf_gradguard.registry import nearest
 
 T = TypeVar("T")
 
@@ -90,6 +93,8 @@ class DataArguments:
             raise ValueError(f"give either --dataset_name (a name, builtin:sotu) or --train_file, {both}")
         if self.dataset_name is not None and (self.validation_file or self.test_file):
             raise ValueError("--validation_file and --test_file go with --train_file, not with --dataset_name")
+        if self.dataset_config_name is not None and self.dataset_name is None:
+            raise ValueError("--dataset_config_name goes with --dataset_name, not with --train_file")
         if not 0 < self.validation_split_percentage < 100:
             given = self.validation_split_percentage
             raise ValueError(f"--validation_split_percentage {given} must lie between 0 and 100")
@@ -120,7 +125,7 @@ class RecipeArguments(TrainingArguments):
     )
     logging_steps: float = option("Log every so many updates; a share of all below 1.", 20)
     dataloader_pin_memory: bool = option(
-        "Copy batches through pinned memory; by default with a GPU.", cuda.is_available()
+        "Copy batches through pinned memory; by default with a GPU.", torch.cuda.is_available()
     )
     restore_callback_states_from_checkpoint: bool = option("Go on with the state of callbacks.", True)
     early_stopping_patience: int | None = option("End when so many evaluations have brought nothing better.")
@@ -128,6 +133,8 @@ class RecipeArguments(TrainingArguments):
     def __post_init__(self) -> None:
         if self.disable_tqdm is None and not sys.stderr.isatty():
             self.disable_tqdm = True  # in a file a bar is a line of noise
+        if not torch.accelerator.is_available():
+            self.use_cpu = True  # else several processes are not seen as such, and bf16 is refused
         if self.output_dir is None:
             raise ValueError("--output_dir is missing: a folder for checkpoints, model, record and report")
         evaluates = str(getattr(self.eval_strategy, "value", self.eval_strategy)) != "no"
@@ -209,14 +216,65 @@ def parse(
     """
     words = sys.argv[1:] if words is None else list(words)
     kinds: list[Any] = [ModelArguments, DataArguments, own, training, GuardArguments]
-    parser = HfArgumentParser(
+    parser = _Parser(
         kinds, description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    if len(words) == 1 and Path(words[0]).suffix in (".yaml", ".yml"):
-        found = parser.parse_yaml_file(words[0])
-    elif len(words) == 1 and Path(words[0]).suffix == ".json":
-        found = parser.parse_json_file(words[0])
-    else:
-        found = parser.parse_args_into_dataclasses(list(words))
-    model, data, special, args, guard = found
+    if len(words) == 1 and Path(words[0]).suffix in (".yaml", ".yml", ".json"):
+        words = _words_of(Path(words[0]), parser)
+    parser.refuse_unknown(words)
+    model, data, special, args, guard = parser.parse_args_into_dataclasses(words)
     return model, data, args, guard_config(guard), special
+
+
+class _Parser(HfArgumentParser):
+    """One whose errors are one line, not that and a page of all options."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+    def option_names(self) -> list[str]:
+        """All options, spelt with underscores."""
+        return [name for name in self._option_string_actions if "-" not in name.removeprefix("--")]
+
+    def takes_a_boolean(self, name: str) -> bool:
+        """Whether an option is a switch."""
+        kind = self._option_string_actions[name].type
+        return getattr(kind, "__name__", "") == "string_to_bool"
+
+    def refuse_unknown(self, words: list[str]) -> None:
+        """Raises ValueError for the first word that is no option and no value of one."""
+        _, unknown = self.parse_known_args(words)
+        if unknown:
+            name = unknown[0].partition("=")[0]
+            close = nearest(name.replace("-", "_").replace("__", "--", 1), self.option_names())
+            raise ValueError(f"there is no option {name!r}{close} (--help lists all)")
+
+
+def _words_of(path: Path, parser: _Parser) -> list[str]:
+    """The command line that a file stands for, so that a value is read in the same way in both."""
+    text = path.read_text(encoding="utf-8")
+    try:
+        options = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} can't be read as {path.suffix[1:]}: {error}") from None
+    if not isinstance(options, dict):
+        raise ValueError(f"{path} holds no options; write one on each line, as in output_dir: out")
+    names = parser.option_names()
+    words: list[str] = []
+    for key, value in options.items():
+        name = f"--{key}"
+        if name not in names:
+            raise ValueError(f"{path}: there is no option {key!r}{nearest(name, names)} (--help lists all)")
+        if isinstance(value, list):
+            words += [name, *map(str, value)]
+        elif value is not None:
+            words.append(f"{name}={_spelt(value, is_switch=parser.takes_a_boolean(name))}")
+    return words
+
+
+def _spelt(value: Any, *, is_switch: bool) -> str:
+    if isinstance(value, Mapping):
+        return json.dumps(value)
+    if isinstance(value, bool):  # YAML reads the `no` of eval_strategy as false
+        return str(value).lower() if is_switch else ("yes" if value else "no")
+    return str(value)
