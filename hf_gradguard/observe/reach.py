@@ -94,14 +94,23 @@ class TimeProfile:
         last = int(self.lags[-1])
         half, hundredth = self.lag_of(0.5), self.lag_of(0.01)
         if half is None:
-            fall = f"The gradient does not fall to half within {_tokens(last)}"
+            fall = f"does not fall to half within {_tokens(last)}"
         elif hundredth is None:
-            fall = f"The gradient is down to half {_tokens(half)} back and does not fall to 1 % within {_tokens(last)}"
+            fall = f"is down to half {_tokens(half)} back and does not fall to 1 % within {_tokens(last)}"
+        elif hundredth == half:
+            fall = f"is down to 1 % {_tokens(half)} back"
         else:
-            fall = f"The gradient is down to half {_tokens(half)} back and to 1 % {_tokens(hundredth)} back"
-        left = float(self.relative[-1])
-        rest = "nothing at all" if left == 0 else f"{left:.2g} of what it is at the token itself"
-        return f"{fall}; {_tokens(last)} back {rest} is left."
+            fall = f"is down to half {_tokens(half)} back and to 1 % {_tokens(hundredth)} back"
+        return f"The gradient {fall}; {_tokens(last)} back it is {self._rest()}."
+
+    def _rest(self) -> str:
+        left, before = float(self.relative[-1]), float(self.mean[1])
+        if left == 0:
+            return "exactly zero"
+        # Beside a residual connection, which leads to the token itself alone, lag 1 is what tells of the mixing.
+        beside = before > 0 and len(self.mean) > 2
+        later = f" and {self.mean[-1] / before:#.2g} times what it is 1 token back" if beside else ""
+        return f"{left:#.2g} times what it is at the token itself{later}"
 
 
 def _tokens(count: int) -> str:

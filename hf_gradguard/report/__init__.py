@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 
+from hf_gradguard.observe.reach import TimeProfile
 from hf_gradguard.report.runs import Run, run_names
 from hf_gradguard.report.terminal import comparison_summary, terminal_summary
 
-__all__ = ["Run", "comparison_summary", "load_runs", "terminal_summary", "write_comparison", "write_report"]
+__all__ = [
+    "Run",
+    "comparison_summary",
+    "load_runs",
+    "terminal_summary",
+    "write_comparison",
+    "write_report",
+    "write_time_profiles",
+]
 
 StrPath = str | PathLike[str]
 
@@ -68,6 +77,30 @@ def write_comparison(runs: Sequence[StrPath | Run], html: StrPath, png: StrPath 
     _write(html, lambda path: path.write_text(page.comparison_page(loaded, figures), encoding="utf-8"))
     if png is not None:
         _write(png, lambda path: path.write_bytes(picture.comparison_picture(loaded, figures)))
+
+
+def write_time_profiles(panels: Mapping[str, Mapping[str, TimeProfile]], png: StrPath) -> None:
+    """Draws time profiles over one another as a picture, each as shares of its own norm at lag 0.
+
+    Args:
+        panels: for each drawing, by a label (empty where there is one only), the profiles by the names of their models.
+        png: where the picture goes.
+
+    Raises:
+        ValueError: there is nothing to draw.
+        ModuleNotFoundError: the plotting library is not installed: `pip install 'hf-gradguard[report]'`.
+        OSError: the file can't be written.
+
+    Example:
+        >>> write_time_profiles({"": {"GRU": time_profile(gru, batch), "GPT-2": time_profile(gpt2, batch)}}, "back.png")
+        ... # doctest: +SKIP
+    """
+    from hf_gradguard.report import charts, picture
+
+    figure = charts.reach_figure(panels)
+    if not figure.panels:
+        raise ValueError("there is nothing to draw: no profile has a gradient at lag 0")
+    _write(png, lambda path: path.write_bytes(picture.reach_picture(figure)))
 
 
 def _loaded(runs: Sequence[StrPath | Run]) -> list[Run]:

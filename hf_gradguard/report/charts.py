@@ -7,8 +7,8 @@ import io
 import json
 import math
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import altair as alt
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from hf_gradguard.events import Event
 from hf_gradguard.judge import SEVERITY
+from hf_gradguard.observe.reach import TimeProfile
 from hf_gradguard.report.reduce import Cells, cells, curve
 from hf_gradguard.report.runs import Run
 
@@ -38,6 +39,8 @@ SERIOUSNESS = {"exploding": "#c0362c", "vanishing": "#c0362c", "underflow": "#b2
                "healthy": "#1b7f4d", "unknown": "#5f6b7a"}  # fmt: skip
 """Colour of each verdict."""
 _HUES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito's, safe for all eyes
+_AGES = ("#b4bcc7", "#a3cfec", "#5aa9dd", _HUES[0])
+"""Of curves at several moments of one run, from its start to the latest."""
 _STATES = {"no gradient": "#dfe3e8", "exactly zero": "#D55E00", "NaN or infinite": "#CC79A7"}
 _PROFILE_HEIGHT = 260
 _INK, _QUIET, _LINE = "#1f2933", "#5f6b7a", "#e3e7ec"
@@ -94,6 +97,7 @@ def report_figures(run: Run) -> list[Figure]:
         figures.append(_ratio_figure([run]))
     if len(run.record.weight_steps) and run.record.layers:
         figures.append(_update_figure(run))
+    figures.append(_reach_over_time(run))
     return [figure for figure in figures if figure.panels]
 
 
@@ -104,6 +108,8 @@ def comparison_figures(runs: Sequence[Run]) -> list[Figure]:
         return []
     layered = [run for run in runs if run.record.layers]
     figures = [_loss_figure(runs), _ratio_figure(layered), *reversed(_depth_figures(layered))]
+    latest = {run.name: list(run.record.time_profiles.values())[-1] for run in runs if run.record.time_profiles}
+    figures.append(reach_figure({"": latest}))
     return [figure for figure in figures if figure.panels]
 
 
@@ -525,6 +531,88 @@ def _rank(kind: str) -> int:
     return 0 if kind in SEVERITY else 1 if kind in _ACTS else 2
 
 
+# How far back in time
+
+
+def _reach_over_time(run: Run) -> Figure:
+    """The first and the latest time profile, and up to two between them."""
+    steps = list(run.record.time_profiles)
+    chosen = [steps[place] for place in _even(len(steps), len(_AGES))] if steps else []
+    profiles = {_named_span(run, step, step): run.record.time_profiles[step] for step in chosen}
+    hues = [_AGES[-1 - place] for place in _even(len(_AGES), len(chosen))][::-1]
+    figure = reach_figure({"": profiles}, hues=hues, banded=list(profiles)[-1:])
+    if not figure.panels:
+        return figure
+    latest = list(profiles)[-1]
+    told = f"{profiles[latest].describe()} That is {latest}, of whose samples the band holds 80 %."
+    return replace(figure, note=f"{told} {figure.note}")
+
+
+def reach_figure(
+    panels: Mapping[str, Mapping[str, TimeProfile]],
+    *,
+    hues: Sequence[str] = _HUES,
+    banded: Collection[str] = (),
+) -> Figure:
+    """Time profiles over one another, each as shares of its own norm at lag 0.
+
+    Args:
+        panels: for each drawing, by what tells it from its neighbours, the profiles by their names.
+        hues: colour of each name, in the order in which they come first.
+        banded: the names whose spread is drawn as well, from 10 % of the samples to 90 %.
+    """
+    tables = {label: list(_reach_rows(profiles)) for label, profiles in panels.items()}
+    tables = {label: table for label, table in tables.items() if table}
+    shares = np.array([float(row[2]) for table in tables.values() for row in table])
+    domain = _log_domain([shares], decades=1)
+    names = list(dict.fromkeys(row[1] for table in tables.values() for row in table))
+    return Figure(
+        "How far back in time does the gradient reach?",
+        "Norm of the gradient of the loss at one token with respect to the input so many tokens before, as a share of "
+        "what it is with respect to the token itself; geometric mean over rows and places in them.",
+        tuple(Panel(label, _reach(table, domain, names, hues, banded)) for label, table in tables.items()),
+    )
+
+
+def _reach(
+    table: Sequence[Sequence[Any]],
+    domain: tuple[float, float],
+    names: Sequence[str],
+    hues: Sequence[str],
+    banded: Collection[str],
+) -> alt.LayerChart:
+    fields = ("lag", "series", "share", "low", "high", "piece", "norm", "samples")
+    base = alt.Chart(_data(fields, table))
+    axis = alt.Axis(tickMinStep=1, format="d", grid=False)
+    x = alt.X("lag:Q", title="tokens back", axis=axis, scale=alt.Scale(nice=False))
+    y, color = _number_axis("share", "share of the gradient at lag 0", domain), _series_color("series", names, hues)
+    tooltip = [
+        "series:N", alt.Tooltip("lag:Q", title="tokens back"),
+        *(alt.Tooltip(f"{name}:Q", format=".3~g") for name in ("share", "low", "high", "norm")), "samples:Q",
+    ]  # fmt: skip
+    line = base.mark_line(strokeWidth=2).encode(x=x, y=y, color=color, detail="piece:N", tooltip=tooltip)
+    area = base.transform_filter(f"indexof({json.dumps(list(banded))}, datum.series) >= 0")
+    band = area.mark_area(opacity=0.15, clip=True).encode(
+        x=x, y="low:Q", y2="high:Q", color=color.legend(None), detail="piece:N"
+    )
+    layers = [band, line] if any(row[1] in banded for row in table) else [line]
+    return alt.layer(*layers).resolve_scale(color="independent").properties(height=_PROFILE_HEIGHT)
+
+
+def _reach_rows(profiles: Mapping[str, TimeProfile]) -> Iterable[tuple[Any, ...]]:
+    """A line breaks where nothing of the gradient is left: each unbroken piece has a number."""
+    for name, profile in profiles.items():
+        piece = 0
+        bounds = np.clip(profile.quantiles[:, [0, -1]] / (profile.mean[0] or np.nan), 1e-300, 1e300)
+        for lag in _even(len(profile.lags), POINTS):
+            share = float(profile.relative[lag])
+            if not (share > 0 and math.isfinite(share)):
+                piece += 1
+                continue
+            low, high = (f"{bound:.5g}" for bound in bounds[lag].tolist())
+            yield lag, name, f"{share:.5g}", low, high, piece, f"{profile.mean[lag]:.5g}", int(profile.samples[lag])
+
+
 # Axes and data
 
 
@@ -595,9 +683,9 @@ def _log_ticks(low: float, high: float, most: int) -> list[float]:
     return [tick for tick in ticks if low <= tick <= high]
 
 
-def _series_color(field: str, names: Sequence[str]) -> alt.Color:
+def _series_color(field: str, names: Sequence[str], hues: Sequence[str] = _HUES) -> alt.Color:
     names = list(dict.fromkeys(names))
-    hues = [_HUES[number % len(_HUES)] for number in range(len(names))]
+    hues = [hues[number % len(hues)] for number in range(len(names))]
     legend = alt.Legend(title=None, symbolType="stroke", symbolStrokeWidth=3) if len(names) > 1 else None
     return alt.Color(f"{field}:N", scale=alt.Scale(domain=names, range=hues), legend=legend)
 

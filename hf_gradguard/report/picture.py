@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import altair as alt
@@ -38,6 +39,11 @@ def comparison_picture(runs: Sequence[Run], figures: Sequence[Figure]) -> bytes:
         f"{run.name}: {headline(run)}. {sentence(run.verdict.message)} {sentence(run.verdict.why)}" for run in runs
     ]
     return _draw(f"{len(runs)} runs compared", "#1f2933", lines, figures)
+
+
+def reach_picture(figure: Figure) -> bytes:
+    """Time profiles over one another as PNG."""
+    return _draw(figure.title, "#1f2933", [figure.note], [replace(figure, title="", note="")])
 
 
 def _draw(title: str, color: str, lines: Sequence[str], figures: Sequence[Figure]) -> bytes:

@@ -606,23 +606,27 @@ def test_half_life_and_e_folds_are_those_of_an_exponential() -> None:
     [
         (
             np.exp(-0.1 * np.arange(60)),
-            "The gradient is down to half 7 tokens back and to 1 % 47 tokens back; 59 tokens back 0.0027 of what it is "
-            "at the token itself is left.",
+            "The gradient is down to half 7 tokens back and to 1 % 47 tokens back; 59 tokens back it is 0.0027 "
+            "times what it is at the token itself and 0.0030 times what it is 1 token back.",
         ),
         (
             [1.0, 0.4, 0.3],
-            "The gradient is down to half 1 token back and does not fall to 1 % within 2 tokens; 2 tokens back 0.3 of "
-            "what it is at the token itself is left.",
+            "The gradient is down to half 1 token back and does not fall to 1 % within 2 tokens; 2 tokens back it is "
+            "0.30 times what it is at the token itself and 0.75 times what it is 1 token back.",
         ),
         (
             [1.0, 2.0, 3.0],
-            "The gradient does not fall to half within 2 tokens; 2 tokens back 3 of what it is at the token itself is "
-            "left.",
+            "The gradient does not fall to half within 2 tokens; 2 tokens back it is 3.0 times what it is at the "
+            "token itself and 1.5 times what it is 1 token back.",
         ),
         (
             [1.0, 0.6, 0.0],
-            "The gradient is down to half 2 tokens back and to 1 % 2 tokens back; 2 tokens back nothing at all is "
-            "left.",
+            "The gradient is down to 1 % 2 tokens back; 2 tokens back it is exactly zero.",
+        ),
+        (
+            [1.0, 0.5],
+            "The gradient is down to half 1 token back and does not fall to 1 % within 1 token; 1 token back it is "
+            "0.50 times what it is at the token itself.",
         ),
         ([0.0, 0.0], "The gradient at the token itself is zero or not finite, so nothing can be said of its fall."),
         ([np.inf, 1.0], "The gradient at the token itself is zero or not finite, so nothing can be said of its fall."),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 
 from hf_gradguard.events import Event
 from hf_gradguard.observe.layout import Group, Layout, ParameterInfo
+from hf_gradguard.observe.reach import TimeProfile
 from hf_gradguard.record.writer import AccumulationRow, RecordWriter, Window
 
 
@@ -41,6 +43,7 @@ def write(
     coefficients: NDArray[np.float64] | None = None,
     updated: NDArray[np.bool_] | None = None,
     rows: list[AccumulationRow] | None = None,
+    profiles: Mapping[int, TimeProfile] | None = None,
 ) -> Path:
     """Writes a record with one parameter a layer, whose norms are given `[windows, layers]`.
 
@@ -73,6 +76,8 @@ def write(
         )
         if weights and index % 25 == 0:
             writer.weights(index + 1, np.full(len(row), 10.0), np.full(len(row), 1e-3) * (1 + np.arange(len(row))))
+    for step, profile in (profiles or {}).items():
+        writer.time_profile(step, profile)
     for held in rows or []:
         writer.accumulation(held)
     for event in events or []:
