@@ -129,6 +129,12 @@ class GradGuardCallback(TrainerCallback, ExportableState):
         if self.guard is not None:
             self.guard.end_window()
             control.should_training_stop |= self.guard.should_stop
+            self._flush_before_saving(control)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._flush_before_saving(control)
 
     # What is saved with a checkpoint
 
@@ -141,6 +147,11 @@ class GradGuardCallback(TrainerCallback, ExportableState):
         if self.guard is not None:
             self.guard.flush()
             checkpoint.save_held(self.guard, _checkpoint_dir(args, state), is_main=args.should_save)
+
+    def _flush_before_saving(self, control: TrainerControl) -> None:
+        # A kill between checkpoint and on_save would lose what a run that goes on from there does not write again.
+        if self.guard is not None and control.should_save:
+            self.guard.flush()
 
     def _resume(self, args: TrainingArguments, state: TrainerState) -> None:
         """Goes on from what was saved with the checkpoint that the Trainer has loaded, if it has loaded one."""

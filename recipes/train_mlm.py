@@ -19,13 +19,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from transformers import AutoModelForMaskedLM
+from transformers import AutoModelForMaskedLM, default_data_collator
 
 from hf_gradguard.training import arguments, metrics
 from hf_gradguard.training.blocks import Layout, make_blocks
 from hf_gradguard.training.card import Origin
 from hf_gradguard.training.loss import mean_over_targets
-from hf_gradguard.training.masking import Masking, mask_once
+from hf_gradguard.training.masking import Masks, NewMasks, masked
 from hf_gradguard.training.pretrained import apply_patch, block_size, make_model
 from hf_gradguard.training.text import load_text
 from hf_gradguard.training.tokenizer import run_tokenizer
@@ -49,25 +49,25 @@ class MaskedArguments:
 def main(words: Sequence[str] | None = None) -> dict[str, float]:
     """Runs the recipe; returns the metrics of the last evaluation."""
     with before_training():
-        model_options, data_options, args, guard, masked = arguments.parse(MaskedArguments, words, __doc__)
-        begin(args, model_options, data_options, masked)
+        model_options, data_options, args, guard, own = arguments.parse(MaskedArguments, words, __doc__)
+        begin(args, model_options, data_options, own)
         text = load_text(data_options)
         tokenizer = run_tokenizer(args, model_options, text["train"], with_marks=True, default="wordpiece")
-        collator = Masking(tokenizer=tokenizer, mlm_probability=masked.mlm_probability)
+        masks = {split: Masks(tokenizer, own.mlm_probability, args.seed if split == "train" else 0) for split in text}
         model = make_model(model_options, AutoModelForMaskedLM, tokenizer)
-        size = block_size(model, masked.max_seq_length, "--max_seq_length")
+        size = block_size(model, own.max_seq_length, "--max_seq_length")
         with args.main_process_first(desc="tokenising"):
             begin_id, end_id = tokenizer.cls_token_id, tokenizer.sep_token_id
             layout = Layout(size, before=(begin_id,), after=(end_id,), is_target=False)
-            data = make_blocks(text, tokenizer, layout, data_options, end=end_id, seed=args.seed)
-        data = {split: rows if split == "train" else mask_once(rows, collator) for split, rows in data.items()}
-        apply_patch(model, model_options.patch, lambda: first_batch(data["train"], args, collator))
+            blocks = make_blocks(text, tokenizer, layout, data_options, end=end_id, seed=args.seed)
+        data = {split: masked(rows, masks[split]) for split, rows in blocks.items()}
+        apply_patch(model, model_options.patch, lambda: first_batch(data["train"], args, default_data_collator))
         trainer = RecipeTrainer(
             model=model,
             args=args,
             train_dataset=data["train"],
             eval_dataset=data["validation"],
-            data_collator=collator,
+            data_collator=default_data_collator,
             processing_class=tokenizer,
             compute_loss_func=mean_over_targets,
             compute_metrics=metrics.perplexity(lambda: None),  # a word may be masked in part
@@ -75,6 +75,7 @@ def main(words: Sequence[str] | None = None) -> dict[str, float]:
             guard=guard,
             origin=Origin(model_options, data_options, "fill-mask", "AutoModelForMaskedLM"),
         )
+        trainer.add_callback(NewMasks(masks["train"]))
     return conduct(trainer, evaluated_splits(data))
 
 

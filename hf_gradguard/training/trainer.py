@@ -56,7 +56,7 @@ class RecipeTrainer(Trainer):
         self.evaluated: Any = kwargs.get("eval_dataset")
         """What is evaluated, or was last."""
         self._watch = GradGuardCallback(guard)
-        callbacks = [self._watch, self.preemption, checkpoints.Processes(args.world_size)]
+        callbacks = [self.preemption, self._watch, checkpoints.Processes(args.world_size)]
         if args.early_stopping_patience is not None:
             callbacks.append(EarlyStoppingCallback(args.early_stopping_patience))
         super().__init__(callbacks=callbacks, **kwargs)
