@@ -214,16 +214,23 @@ def parse(
         ValueError: a value that is refused.
         SystemExit: an option that there is not, as argparse does.
     """
+    kinds = [ModelArguments, DataArguments, own, training, GuardArguments]
+    model, data, special, args, guard = parse_kinds(kinds, words, description)
+    return model, data, args, guard_config(guard), special
+
+
+def parse_kinds(
+    kinds: Sequence[Any], words: Sequence[str] | None = None, description: str | None = None
+) -> tuple[Any, ...]:
+    """One object of each of these dataclasses, for a recipe that trains no model. Else as `parse`."""
     words = sys.argv[1:] if words is None else list(words)
-    kinds: list[Any] = [ModelArguments, DataArguments, own, training, GuardArguments]
     parser = _Parser(
-        kinds, description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+        list(kinds), description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     if len(words) == 1 and Path(words[0]).suffix in (".yaml", ".yml", ".json"):
         words = _words_of(Path(words[0]), parser)
     parser.refuse_unknown(words)
-    model, data, special, args, guard = parser.parse_args_into_dataclasses(words)
-    return model, data, args, guard_config(guard), special
+    return parser.parse_args_into_dataclasses(words)
 
 
 class _Parser(HfArgumentParser):
