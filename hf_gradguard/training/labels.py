@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from datasets import ClassLabel, IterableDataset
+import pyarrow.compute
+from datasets import ClassLabel, IterableDataset, Value
 from transformers import PreTrainedTokenizerBase
 
 from hf_gradguard.training.text import LABEL, TEXT, Text
 
-UNLABELLED = (None, -1, "")
-"""What stands in the place of a label where there is none; the hub's test splits have -1."""
+MISSING = (None, "")
+"""What stands in the place of a label where there is none."""
+HUB_MISSING = -1
+"""The same in the test splits of the hub. Where training rows have it, it is a class as any other."""
 
 
 def without_unlabelled(text: Mapping[str, Text]) -> dict[str, Text]:
     """The splits without a `test` that has no labels at all, as competitions publish it."""
-    test = text.get("test")
-    if test is None or isinstance(test, IterableDataset) or set(test.unique(LABEL)) - set(UNLABELLED):
+    test, train = text.get("test"), text["train"]
+    if test is None or isinstance(test, IterableDataset) or isinstance(train, IterableDataset):
         return dict(text)
-    return {name: rows for name, rows in text.items() if name != "test"}
+    none = {*MISSING, *({HUB_MISSING} if HUB_MISSING not in _distinct(train) else ())}
+    return {name: rows for name, rows in text.items() if name != "test" or set(_distinct(rows)) - none}
 
 
 def find_labels(text: Mapping[str, Text], source: str) -> list[str]:
@@ -29,21 +32,29 @@ def find_labels(text: Mapping[str, Text], source: str) -> list[str]:
     Those of the training rows; of a stream, which is not read to its end for that, those of the validation rows.
 
     Raises:
-        ValueError: a row has no label, there is but one class, labels are real numbers, or a split has labels that
-            training does not know.
+        ValueError: a row has no label or several, there is but one class, labels are real numbers, or a split has
+            labels that training does not know.
     """
     feature = (text["train"].features or {}).get(LABEL)
+    if feature is not None and not isinstance(feature, (ClassLabel, Value)):
+        raise ValueError(f"the labels of {source} are {feature}: this recipe takes one class for each row")
+    known: list[Any]
     if isinstance(feature, ClassLabel):
-        _check_each(text, list(range(feature.num_classes)), source)
-        return [str(name) for name in feature.names]
-    known = "validation" if isinstance(text["train"], IterableDataset) else "train"
-    found = _values(text[known])
-    if any(isinstance(value, float) and not value.is_integer() for value in found):
-        raise ValueError(f"the labels of {source} are real numbers, such as {_few(found)}: this recipe takes classes")
-    _check_each(text, found, source)
-    if len(found) < 2:
-        raise ValueError(f"all rows of {source} have the label {_few(found)}: there is nothing to tell apart")
-    return [_name(value) for value in sorted(found, key=_order)]
+        names, known = [str(name) for name in feature.names], list(range(feature.num_classes))
+    else:
+        known = _distinct(text["validation" if isinstance(text["train"], IterableDataset) else "train"])
+        if any(isinstance(value, float) and not value.is_integer() for value in known):
+            raise ValueError(
+                f"the labels of {source} are real numbers, such as {_few(known)}: this recipe takes classes"
+            )
+        known = sorted((value for value in known if value not in MISSING), key=_order)
+        names = [_name(value) for value in known]
+    for split, rows in text.items():
+        if not isinstance(rows, IterableDataset):
+            _check(rows, known, f"{source}, split {split},", is_class=isinstance(feature, ClassLabel))
+    if len(names) < 2:
+        raise ValueError(f"all rows of {source} have the label {_few(names)}: there is nothing to tell apart")
+    return names
 
 
 def tokenize_rows(
@@ -54,13 +65,23 @@ def tokenize_rows(
     numbers = {name: index for index, name in enumerate(labels)}
     feature = (rows.features or {}).get(LABEL)
     is_numbered = isinstance(feature, ClassLabel)
+    filler = [0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id]
+
+    def number(value: Any) -> int:
+        if (found := numbers.get(_name(value))) is None:  # in a stream, which is not read before
+            raise ValueError(f"the training text has a row with the label {value!r}, which validation has not")
+        return found
 
     def work(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         found = tokenizer(
             [text or "" for text in batch[TEXT]], truncation=True, max_length=length, return_attention_mask=False
         )
-        values = batch[LABEL]
-        return {**found, "labels": values if is_numbered else [numbers[_name(value)] for value in values]}
+        ids, values = found.pop("input_ids"), batch[LABEL]
+        return {
+            "input_ids": [row or filler for row in ids],  # a blank text, where no marks are put around it
+            **found,
+            "labels": values if is_numbered else [number(value) for value in values],
+        }
 
     if isinstance(rows, IterableDataset):
         return rows.map(work, batched=True, remove_columns=[TEXT, LABEL])
@@ -71,28 +92,24 @@ def share_cut(rows: Text, length: int) -> float:
     """Share of the tokenised rows that are as long as they may be, and so perhaps cut off."""
     if isinstance(rows, IterableDataset):
         return 0.0
-    lengths = [len(ids) for ids in rows["input_ids"]]
-    return sum(size >= length for size in lengths) / len(lengths)
+    lengths = pyarrow.compute.list_value_length(rows.with_format("arrow")[:]["input_ids"]).to_numpy()
+    return float((lengths >= length).mean())
 
 
-def _check_each(text: Mapping[str, Text], known: list[Any], source: str) -> None:
-    for split, rows in text.items():
-        if isinstance(rows, IterableDataset):
-            continue
-        missing = sum(value in UNLABELLED for value in rows[LABEL])
-        if missing:
-            raise ValueError(f"{missing:,} of {len(rows):,} rows of {source}, split {split}, have no label")
-        unknown = [value for value in rows.unique(LABEL) if value not in known]
-        if unknown:
-            raise ValueError(
-                f"labels differ between the splits of {source}: {split} has {_few(unknown)}, which train has not "
-                f"(it has {_few(known)})"
-            )
+def _check(rows: Text, known: list[Any], where: str, *, is_class: bool) -> None:
+    found, none = _distinct(rows), {*MISSING, *({HUB_MISSING} if is_class else ())}
+    if none & set(found):
+        count = sum(value in none for value in rows[LABEL])
+        raise ValueError(f"{count:,} of {len(rows):,} rows of {where} have no label")
+    if unknown := [value for value in found if value not in known]:
+        raise ValueError(
+            f"labels differ between the splits: {where} has {_few(unknown)}, which train has not (it has {_few(known)})"
+        )
 
 
-def _values(rows: Text) -> list[Any]:
+def _distinct(rows: Text) -> list[Any]:
     if isinstance(rows, IterableDataset):
-        return list(Counter(row[LABEL] for row in rows))
+        return list(dict.fromkeys(row[LABEL] for row in rows))
     return list(rows.unique(LABEL))
 
 

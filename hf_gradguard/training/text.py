@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import math
+import random
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, TypeAlias
 
-from datasets import Dataset, DatasetDict, Features, IterableDataset, Value, load_dataset
-from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+import datasets
+from datasets import Dataset, Features, IterableDataset, Value, load_dataset
+from datasets.exceptions import DatasetsError
 
 from hf_gradguard.registry import nearest
 from hf_gradguard.training import files, hub
@@ -20,6 +25,16 @@ TEXT, LABEL = "text", "label"
 SPLITS = ("train", "validation", "test")
 TEXT_COLUMNS = ("text", "sentence", "content")
 LABEL_COLUMNS = ("label", "labels", "class", "target")
+STRINGS = (Value("string"), Value("large_string"), Value("string_view"))
+READERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "text": ("text", {"encoding": "utf-8-sig"}),
+    # Only what is empty is missing: a class may be called None, and a text be "NA".
+    "csv": ("csv", {"keep_default_na": False, "na_values": [""]}),
+    "tsv": ("csv", {"keep_default_na": False, "na_values": [""], "sep": "\t"}),
+    "json": ("json", {}),
+    "parquet": ("parquet", {}),
+}
+"""The reader of `datasets` for each kind of file, and its options."""
 
 Text: TypeAlias = Dataset | IterableDataset
 
@@ -27,7 +42,8 @@ Text: TypeAlias = Dataset | IterableDataset
 def load_text(data: DataArguments, *, label_column: str | None = None, with_labels: bool = False) -> dict[str, Text]:
     """The splits `train`, `validation` and, where there is one, `test`, with a column `text` and maybe `label`.
 
-    Where there is no validation split, a share of the training rows becomes it, always the same.
+    Where there is no validation split, a share of the training rows becomes it, always the same: of the lines and
+    paragraphs of a text, which are read one after another, the last; else any, and the rows stay in their order.
 
     Args:
         data: what to read.
@@ -37,13 +53,19 @@ def load_text(data: DataArguments, *, label_column: str | None = None, with_labe
     Raises:
         ValueError: there is no such dataset, file or column, it can't be read, or nothing is in it.
     """
-    splits = _builtin(data) if str(data.dataset_name).startswith(PREFIX) else _loaded(data)
+    if data.dataset_name is None:
+        splits = _files(data)
+    else:
+        splits = _builtin(data) if data.dataset_name.startswith(PREFIX) else _dataset(data)
     if "train" not in splits:
         raise ValueError(f"{data.source} has no split 'train', only {', '.join(splits)}")
     splits = {name: splits[name] for name in SPLITS if name in splits}
     columns = {_text_column(splits["train"], data): TEXT}
     if with_labels:
-        columns[_label_column(splits, label_column, data)] = LABEL
+        label = _label_column(splits, label_column, data)
+        if label in columns:
+            raise ValueError(f"column {label!r} of {data.source} can't be both the text and the label")
+        columns[label] = LABEL
     splits = {name: _only(rows, columns, f"{data.source}, split {name}") for name, rows in splits.items()}
     if "validation" not in splits:
         splits = {**_divided(splits["train"], data), **{name: splits[name] for name in splits if name != "train"}}
@@ -77,50 +99,75 @@ def _generate(name: str, part: str, digest: str) -> Iterator[Row]:
     yield from corpora.find(name).splits()[part]
 
 
-def _loaded(data: DataArguments) -> dict[str, Text]:
-    if data.dataset_name is not None:
-        hub.prepare(
-            data.dataset_name,
-            "dataset",
-            f"give local files with --train_file, or one of {', '.join(corpora.names())}",
-        )
-        try:
-            found = load_dataset(data.dataset_name, data.dataset_config_name, streaming=data.streaming)
-        except (DatasetNotFoundError, ConnectionError, FileNotFoundError) as error:
-            raise ValueError(f"--dataset_name {data.dataset_name!r}: {error}") from None
-        return dict(found)
+def _dataset(data: DataArguments) -> dict[str, Text]:
+    name = str(data.dataset_name)
+    if not Path(name).is_dir():
+        remedy = f"give local files with --train_file, or one of {', '.join(corpora.names())}"
+        hub.prepare(name, "dataset", remedy)
+    try:
+        with _quiet():
+            return dict(load_dataset(name, data.dataset_config_name, streaming=data.streaming))
+    except (DatasetsError, OSError, RuntimeError) as error:
+        raise ValueError(f"--dataset_name {name!r} can't be read: {error.__cause__ or error}") from None
+
+
+def _files(data: DataArguments) -> dict[str, Text]:
     given = {"train": data.train_file, "validation": data.validation_file, "test": data.test_file}
-    paths: dict[str, list[str]] = {split: paths for split, paths in given.items() if paths}
+    paths = {split: paths for split, paths in given.items() if paths}
     every = [path for names in paths.values() for path in names]
-    builder = files.builder_of(every)
+    kind = files.kind_of(every)
     files.check(every, streaming=data.streaming)
     if data.streaming and "validation" not in paths:
         raise ValueError("a stream can't be divided: with --streaming give --validation_file as well")
-    options: dict[str, Any] = {"sample_by": data.sample_by} if builder == "text" else {}
-    if builder == "csv" and every[0].split(".")[-1].lower() == "tsv":
-        options["sep"] = "\t"
+    # Each split by itself: read together, all must have the columns and types of the first.
+    return {split: _read(split, names, kind, data) for split, names in paths.items()}
+
+
+def _read(split: str, paths: list[str], kind: str, data: DataArguments) -> Text:
+    reader, options = READERS[kind]
+    if kind == "text":
+        options = {**options, "sample_by": data.sample_by}
     try:
-        return dict(load_dataset(builder, data_files=paths, streaming=data.streaming, **options))
-    except DatasetGenerationError as error:
-        why = error.__cause__ or error
-        raise ValueError(f"{', '.join(every)} can't be read as {builder}: {why}") from None
+        with _quiet():
+            return load_dataset(reader, data_files={split: paths}, split=split, streaming=data.streaming, **options)
+    except (DatasetsError, ValueError) as error:
+        if "corresponds to no data" in str(error):
+            raise ValueError(f"{', '.join(paths)} has no rows") from None
+        raise ValueError(f"{', '.join(paths)} can't be read as {kind}: {error.__cause__ or error}") from None
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """What can't be read is told by an error; without lines of the library's log before it."""
+    before = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(before)
 
 
 def _text_column(rows: Text, data: DataArguments) -> str:
-    columns = _columns(rows)
-    if data.text_column_name is not None:
-        return _existing(data.text_column_name, "--text_column_name", columns, data.source)
-    for name in TEXT_COLUMNS:
-        if name in columns:
-            return name
-    strings = [str(name) for name, feature in (rows.features or {}).items() if feature == Value("string")]
-    if len(strings) == 1:
-        return strings[0]
-    raise ValueError(f"which column of {data.source} is the text? Give --text_column_name: {', '.join(columns)}")
+    is_text = _columns(rows, data.source)
+    name = data.text_column_name
+    if name is not None:
+        _existing(name, "--text_column_name", list(is_text), data.source)
+    else:
+        strings = [column for column, is_string in is_text.items() if is_string]
+        usual = [column for column in TEXT_COLUMNS if column in is_text]
+        name = next(iter(usual or strings), "")
+        if not usual and len(strings) != 1:
+            raise ValueError(
+                f"which column of {data.source} is the text? Give --text_column_name: {', '.join(is_text)}"
+            )
+    if not is_text[name]:
+        kind = f" but {rows.features[name]}" if rows.features else ""
+        raise ValueError(f"column {name!r} of {data.source} holds no text{kind}: give another --text_column_name")
+    return name
 
 
 def _label_column(splits: Mapping[str, Text], name: str | None, data: DataArguments) -> str:
-    columns = _columns(splits["train"])
+    columns = list(_columns(splits["train"], data.source))
     if name is None:
         name = next((column for column in LABEL_COLUMNS if column in columns), None)
     if name is None:
@@ -129,30 +176,31 @@ def _label_column(splits: Mapping[str, Text], name: str | None, data: DataArgume
             f"{', '.join(columns)}"
         )
     _existing(name, "--label_column_name", columns, data.source)
-    for split, rows in splits.items():
-        if name not in _columns(rows):
-            raise ValueError(f"split {split} of {data.source} has no column {name!r}, only {', '.join(_columns(rows))}")
     return name
 
 
-def _existing(name: str, option: str, columns: list[str], source: str) -> str:
+def _existing(name: str, option: str, columns: list[str], source: str) -> None:
     if name not in columns:
         raise ValueError(
             f"{source} has no column {option} {name!r}{nearest(name, columns)}. It has {', '.join(columns)}"
         )
-    return name
 
 
-def _columns(rows: Text) -> list[str]:
-    if rows.column_names is None:  # a stream does not know before it has read
-        return list(next(iter(rows)))
-    return list(rows.column_names)
+def _columns(rows: Text, where: str) -> dict[str, bool]:
+    """The columns, and whether each holds text; raises ValueError where there is not a single row."""
+    if not isinstance(rows, IterableDataset):
+        return {name: feature in STRINGS for name, feature in rows.features.items()}
+    first = next(iter(rows), None)  # a stream does not know before it has read
+    if first is None:
+        raise ValueError(f"{where} has no rows")
+    return {name: value is None or isinstance(value, str) for name, value in first.items()}
 
 
 def _only(rows: Text, columns: dict[str, str], where: str) -> Text:
-    missing = [name for name in columns if name not in _columns(rows)]
+    found = _columns(rows, where)
+    missing = [name for name in columns if name not in found]
     if missing:
-        raise ValueError(f"{where} has no column {missing[0]!r}, only {', '.join(_columns(rows))}")
+        raise ValueError(f"{where} has no column {missing[0]!r}, only {', '.join(found)}")
     if not isinstance(rows, IterableDataset) and len(rows) == 0:
         raise ValueError(f"{where} has no rows")
     renamed = {name: target for name, target in columns.items() if name != target}
@@ -162,11 +210,21 @@ def _only(rows: Text, columns: dict[str, str], where: str) -> Text:
 def _divided(rows: Text, data: DataArguments) -> dict[str, Text]:
     if isinstance(rows, IterableDataset):
         raise ValueError(f"{data.source} has no validation split, and a stream can't be divided: leave out --streaming")
-    share = data.validation_split_percentage / 100
-    if len(rows) < 2:
+    total, share = len(rows), data.validation_split_percentage
+    if total < 2:
         raise ValueError(
-            f"{data.source} has only one row, of which {data.validation_split_percentage:g} % can't be held out: give "
-            "--validation_file, or smaller rows with --sample_by line or paragraph"
+            f"{data.source} has only one row, of which {share:g} % can't be held out: give --validation_file, or "
+            "smaller rows with --sample_by line or paragraph"
         )
-    divided: DatasetDict = rows.train_test_split(test_size=share, seed=0)
-    return {"train": divided["train"], "validation": divided["test"]}
+    held_out = min(math.ceil(total * share / 100), total - 1)
+    is_running_text = bool(data.train_file) and files.kind_of(data.train_file or []) == "text"
+    if is_running_text and data.sample_by != "document":
+        return {
+            "train": rows.select(range(total - held_out)),
+            "validation": rows.select(range(total - held_out, total)),
+        }
+    chosen = set(random.Random(0).sample(range(total), held_out))
+    return {
+        "train": rows.select([index for index in range(total) if index not in chosen]),
+        "validation": rows.select(sorted(chosen)),
+    }
