@@ -12,7 +12,7 @@ def divide(rows: list[Row], shares: dict[str, float]) -> Splits:
 
     Args:
         rows: each with a `text`.
-        shares: of each split besides `train`, which gets what they leave.
+        shares: of each split besides `train`, each of what those before it have left; `train` gets the rest.
     """
     first = {row["text"]: row for row in reversed(rows)}
     unique = [row for row in rows if first[row["text"]] is row]
