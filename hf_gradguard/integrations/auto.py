@@ -1,6 +1,6 @@
 """How Transformers' auto classes come to know the recurrent models, for nothing until one is wanted.
 
-`AutoConfig` learns of the configuration as soon as Transformers has it, which imports no torch. The models are made
+`AutoConfig` learns of the configuration as soon as Transformers has it, which imports no model. The models are made
 known when the first configuration is made: an auto class finds a model by its configuration, so that none can be asked
 for before. Until then no module of Transformers is imported on their behalf, and none in the middle of its own import.
 """

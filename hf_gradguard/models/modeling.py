@@ -169,7 +169,7 @@ class RecurrentForCausalLM(RecurrentPreTrainedModel, GenerationMixin):  # type: 
     Nothing is kept in the model or its configuration, so that a Trainer does it by an override of `compute_loss` that
     holds the state between its calls, and evaluation, which is given none, does not disturb it. Such batches bring
     their targets along as `shift_labels`: with `labels` alone the last token of a batch would have none, as the first
-    of the next is not in it.
+    of the next is not in it. (As `labels` as well under Trainer, which counts the targets only where there are any.)
 
     Args:
         config: of the model.
@@ -201,7 +201,6 @@ class RecurrentForCausalLM(RecurrentPreTrainedModel, GenerationMixin):  # type: 
         inputs_embeds: Tensor | None = None,
         past_key_values: Cache | None = None,
         labels: Tensor | None = None,
-        shift_labels: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         logits_to_keep: int | Tensor = 0,
@@ -212,9 +211,9 @@ class RecurrentForCausalLM(RecurrentPreTrainedModel, GenerationMixin):  # type: 
         Args:
             labels: the tokens themselves, int64 `[batch, steps]`; the place before each is where it is predicted. What
                 is −100 has no part in the loss.
-            shift_labels: in place of `labels`, what is to be predicted at each place.
             logits_to_keep: of how many places at the end to compute the logits, or of which; 0 for all.
-            kwargs: for the loss: `num_items_in_batch`, the number of targets to divide by, which Trainer gives.
+            kwargs: for the loss: `shift_labels`, what is to be predicted at each place, in place of `labels`; and
+                `num_items_in_batch`, the number of targets to divide by, which Trainer gives.
 
         Returns:
             `loss`, the mean over targets; `logits`, `[batch, steps, vocab_size]`; `past_key_values`; `hidden_states`.
@@ -230,17 +229,20 @@ class RecurrentForCausalLM(RecurrentPreTrainedModel, GenerationMixin):  # type: 
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(self.projection(outputs.last_hidden_state[:, kept]))
-        loss = None
-        if labels is not None or shift_labels is not None:
-            loss = self.loss_function(
-                logits, labels, vocab_size=self.config.vocab_size, shift_labels=shift_labels, **kwargs
-            )
         return CausalLMOutputWithPast(
-            loss=loss,
+            loss=self._loss(logits, labels, **kwargs),
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
         )
+
+    def _loss(self, logits: Tensor, labels: Tensor | None, **options: Any) -> Tensor | None:
+        # `shift_labels` is no argument of `forward`: of a model with two labels, Trainer would want both to evaluate.
+        if options.get("shift_labels") is not None:
+            options["shift_labels"] = options["shift_labels"].contiguous()
+        elif labels is None:
+            return None
+        return cast(Tensor, self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **options))
 
     def prepare_inputs_for_generation(  # type: ignore[override]  # everything else is given by name
         self,
