@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from functools import cache
 from pathlib import Path
 
@@ -18,11 +20,18 @@ def is_reachable() -> bool:
     be asked."""
     if constants.is_offline_mode():
         return False
-    try:
-        huggingface_hub.get_session().head(constants.ENDPOINT, timeout=TIMEOUT)
-    except Exception:  # of whichever client the library uses: no name, no route, no answer, no proxy
-        return False
-    return True
+    answers: list[int] = []
+    # In a thread, as no timeout holds for the resolver of names, which may take half a minute.
+    asking = threading.Thread(target=_ask, args=(answers,), daemon=True)
+    asking.start()
+    asking.join(TIMEOUT)
+    return bool(answers)
+
+
+def _ask(answers: list[int]) -> None:
+    # Of whichever client the library uses: no name, no route, no answer, no proxy.
+    with contextlib.suppress(Exception):
+        answers.append(huggingface_hub.get_session().head(constants.ENDPOINT, timeout=TIMEOUT).status_code)
 
 
 def prepare(name: str, kind: str, remedy: str) -> None:
@@ -47,8 +56,8 @@ def prepare(name: str, kind: str, remedy: str) -> None:
     if not _is_cached(name, "datasets" if kind == "dataset" else "models"):
         why = "HF_HUB_OFFLINE is set" if _was_offline else "it can't be reached from here"
         raise ValueError(
-            f"{kind} {name!r} would have to come from the hub ({why}), and it is not in the cache of this machine; "
-            f"{remedy}"
+            f"{kind} {name!r} is no folder here, would have to come from the hub ({why}), and is not in this machine's "
+            f"cache of it; {remedy}"
         )
 
 
@@ -72,4 +81,6 @@ def _is_cached(name: str, kind: str) -> bool:
         return False
     import datasets
 
-    return Path(datasets.config.HF_DATASETS_CACHE, name.replace("/", "___")).is_dir()
+    *owner, own = name.split("/")
+    folder = "___".join([*owner, datasets.naming.camelcase_to_snakecase(own)])
+    return Path(datasets.config.HF_DATASETS_CACHE, folder).is_dir()
