@@ -14,7 +14,7 @@ after that is predicted once, among all entries of the tokenizer. The context of
 as in packed blocks. What is not: here no block ends, so the first tokens of a block of train_clm.py, which have less
 before them there, have all of it here; and the last tokens of the training text, too few for a block, are counted here.
 
-Figures by word can be compared between tokenizers, but not where unknown words are all one token, whose share is printed.
+Figures by word can be compared between tokenizers, except where unknown words are all one token; its share is printed.
 """
 
 from __future__ import annotations
