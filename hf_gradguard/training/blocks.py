@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow.compute
 import torch
 from datasets import Dataset, Features, IterableDataset, List, Value
 from numpy.typing import NDArray
@@ -39,6 +40,13 @@ class Layout:
     before: tuple[int, ...] = ()
     after: tuple[int, ...] = ()
     is_target: bool = True
+
+    def __post_init__(self) -> None:
+        if self.overlap < 0 or self.stride < 1:
+            raise ValueError(
+                f"a block of {self.size} tokens holds nothing new: {len(self.before) + len(self.after)} are marks and "
+                f"{self.overlap} those of the block before"
+            )
 
     @property
     def inner(self) -> int:
@@ -108,20 +116,33 @@ class Blocks(torch.utils.data.Dataset[dict[str, Tensor]]):
     def __init__(
         self, rows: Dataset, layout: Layout, *, first: int | None = None, keep_rest: bool = False, filler: int = 0
     ) -> None:
-        parts = [] if first is None else [np.array([first], dtype=np.int32)]
-        table = rows.with_format("arrow")[:]
-        parts += [chunk.flatten().to_numpy(zero_copy_only=True) for chunk in table.column(TOKENS).chunks if len(chunk)]
-        self._parts: list[NDArray[np.int32]] = [part for part in parts if len(part)]
+        self._rows, self._first = rows, first
+        self._parts = self._read()
         self._starts = np.cumsum([0, *(len(part) for part in self._parts)])
         self._layout = layout
         self._filler = filler
         self.tokens = int(self._starts[-1])
         """Tokens of the text, the one in front included."""
-        self.words: int | None = int(sum(np.sum(chunk.to_numpy()) for chunk in table.column(WORDS).chunks))
+        self.words: int | None = pyarrow.compute.sum(rows.with_format("arrow")[:].column(WORDS)).as_py() or 0
         """Words of the text, and ends; None where only some of the blocks are left."""
         whole = max(0, (self.tokens - layout.overlap) // layout.stride)
         has_rest = self.tokens - layout.overlap > whole * layout.stride
         self._count = whole + int(keep_rest and has_rest)
+
+    def _read(self) -> list[NDArray[np.int32]]:
+        """The tokens as they lie in the file, piece by piece."""
+        chunks = self._rows.with_format("arrow")[:].column(TOKENS).chunks
+        parts = [chunk.flatten().to_numpy(zero_copy_only=True) for chunk in chunks if len(chunk)]
+        first = [] if self._first is None else [np.array([self._first], dtype=np.int32)]
+        return [part for part in (*first, *parts) if len(part)]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A worker that is spawned reads the file itself, and is not sent all tokens.
+        return {name: value for name, value in self.__dict__.items() if name != "_parts"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._parts = self._read()
 
     def keep(self, count: int | None) -> None:
         """Leaves the first so many blocks only; all for None."""
@@ -135,27 +156,37 @@ class Blocks(torch.utils.data.Dataset[dict[str, Tensor]]):
         if not 0 <= index < self._count:
             raise IndexError(f"block {index} of {self._count}")
         layout = self._layout
-        text = self._slice(index * layout.stride, layout.inner)
-        missing = layout.inner - len(text)
-        ids = torch.from_numpy(
-            np.concatenate([layout.before, text, [self._filler] * missing, layout.after]).astype(np.int64)
-        )
-        if not layout.is_target:
-            return {"input_ids": ids}
-        labels = ids.clone()
-        if missing:
-            labels[len(layout.before) + len(text) :] = IGNORED
-        return {"input_ids": ids, "labels": labels}
+        return _block(layout, self.slice(index * layout.stride, layout.inner), self._filler)
 
-    def _slice(self, start: int, count: int) -> NDArray[np.int32]:
+    def slice(self, start: int, count: int) -> NDArray[np.int32]:
+        """So many tokens from one on, or those that there are, [tokens]; not copied where they lie in one piece."""
         part = int(np.searchsorted(self._starts, start, side="right")) - 1
         found: list[NDArray[np.int32]] = []
-        while count and part < len(self._parts):
+        while count > 0 and part < len(self._parts):
             offset = start - int(self._starts[part])
             piece = self._parts[part][offset : offset + count]
             found.append(piece)
             start, count, part = start + len(piece), count - len(piece), part + 1
-        return np.concatenate(found) if len(found) != 1 else found[0]
+        if len(found) == 1:
+            return found[0]
+        return np.concatenate(found) if found else np.empty(0, dtype=np.int32)
+
+
+def _block(layout: Layout, text: NDArray[np.int32], filler: int = 0) -> dict[str, Tensor]:
+    """One block of some tokens of a text, filled up with what is no target where they are too few."""
+    begin, end = len(layout.before), len(layout.before) + len(text)
+    values = np.empty(layout.size, dtype=np.int64)
+    values[:begin] = layout.before
+    values[begin:end] = text
+    values[end:] = filler
+    values[begin + layout.inner :] = layout.after
+    ids = torch.from_numpy(values)
+    if not layout.is_target:
+        return {"input_ids": ids}
+    labels = ids.clone()
+    if len(text) < layout.inner:
+        labels[end:] = IGNORED
+    return {"input_ids": ids, "labels": labels}
 
 
 class StreamedBlocks(torch.utils.data.IterableDataset[dict[str, Tensor]]):
@@ -171,14 +202,11 @@ class StreamedBlocks(torch.utils.data.IterableDataset[dict[str, Tensor]]):
         self._layout = layout
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        layout, held = self._layout, np.empty(0, dtype=np.int64)
+        layout, held = self._layout, np.empty(0, dtype=np.int32)
         for row in self._rows:
-            held = np.concatenate([held, np.asarray(row[TOKENS], dtype=np.int64)])
+            held = np.concatenate([held, np.asarray(row[TOKENS], dtype=np.int32)])
             while len(held) >= layout.inner:
-                ids = torch.from_numpy(
-                    np.concatenate([layout.before, held[: layout.inner], layout.after]).astype(np.int64)
-                )
-                yield {"input_ids": ids, **({"labels": ids.clone()} if layout.is_target else {})}
+                yield _block(layout, held[: layout.inner])
                 held = held[layout.stride :]
 
     def set_epoch(self, epoch: int) -> None:
