@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -59,16 +60,18 @@ class TrainableTokenizer(ABC):
     """A kind of tokenizer."""
 
     marks: ClassVar[Marks] = Marks()
+    finds_marks_in_words: ClassVar[bool] = True
+    """Whether a mark that stands within a word of the text is read as one."""
 
     @abstractmethod
-    def build(self, texts: Iterator[list[str]]) -> Tokenizer:
+    def build(self, texts: Iterable[list[str]]) -> Tokenizer:
         """A tokenizer for texts, which come in batches, whose first entries are `self.marks.tokens()`."""
 
-    def train(self, texts: Iterator[list[str]], *, with_marks: bool) -> PreTrainedTokenizerFast:
-        """The same as a Transformers tokenizer, which saves and loads as any other.
+    def train(self, texts: Iterable[list[str]], *, with_marks: bool) -> PreTrainedTokenizerFast:
+        """The same as a Transformers tokenizer, which saves and loads as any other. The same texts give the same one.
 
         Args:
-            texts: batches of texts.
+            texts: batches of texts, which may be read more than once.
             with_marks: whether a text is put between marks of begin and end, as for BERT.
         """
         tokenizer, marks = self.build(texts), self.marks
@@ -87,6 +90,7 @@ class TrainableTokenizer(ABC):
             eos_token=marks.end,
             sep_token=marks.end,
             mask_token=marks.mask,
+            split_special_tokens=not self.finds_marks_in_words,
             clean_up_tokenization_spaces=False,
         )
 
@@ -101,7 +105,7 @@ class Bpe(TrainableTokenizer):
     def __post_init__(self) -> None:
         _at_least(self.vocab_size, 256 + len(self.marks.tokens()))
 
-    def build(self, texts: Iterator[list[str]]) -> Tokenizer:
+    def build(self, texts: Iterable[list[str]]) -> Tokenizer:
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
@@ -120,7 +124,7 @@ class Bpe(TrainableTokenizer):
 class Bytes(TrainableTokenizer):
     """Each byte of UTF-8 is a token. Nothing is trained."""
 
-    def build(self, texts: Iterator[list[str]]) -> Tokenizer:
+    def build(self, texts: Iterable[list[str]]) -> Tokenizer:
         entries = [*self.marks.tokens(), *sorted(pre_tokenizers.ByteLevel.alphabet())]
         tokenizer = Tokenizer(models.BPE(vocab={entry: index for index, entry in enumerate(entries)}, merges=[]))
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -142,15 +146,33 @@ class WordPiece(TrainableTokenizer):
     def __post_init__(self) -> None:
         _at_least(self.vocab_size, 256 + len(self.marks.tokens()))
 
-    def build(self, texts: Iterator[list[str]]) -> Tokenizer:
-        tokenizer = Tokenizer(models.WordPiece(unk_token=self.marks.unknown))
+    def build(self, texts: Iterable[list[str]]) -> Tokenizer:
+        # The library numbers letters within words as it meets them in a table of hashes, otherwise in each process, and
+        # by these numbers chooses between pieces that are as frequent. So they are found first, and given in order.
+        marks = self.marks.tokens()
+        letters = sorted(self._learn(texts, marks, 0).keys() - marks)
+        tokenizer = self._bare(self._learn(texts, [*marks, *letters], self.vocab_size))
+        tokenizer.add_special_tokens(_special(self.marks))
+        return tokenizer
+
+    def _learn(self, texts: Iterable[list[str]], first: list[str], vocab_size: int) -> dict[str, int]:
+        """The vocabulary of the most frequent pieces, behind those that come first."""
+        tokenizer = self._bare({})
+        trainer = trainers.WordPieceTrainer(
+            vocab_size=vocab_size,
+            special_tokens=first,
+            # Each character may become two entries, at the begin of a word and within; more would exceed the size.
+            limit_alphabet=(self.vocab_size - len(self.marks.tokens())) // 2,
+            show_progress=False,
+        )
+        tokenizer.train_from_iterator(texts, trainer)
+        return dict(tokenizer.get_vocab())
+
+    def _bare(self, vocabulary: dict[str, int]) -> Tokenizer:
+        tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token=self.marks.unknown))
         tokenizer.normalizer = normalizers.BertNormalizer(lowercase=self.lowercase)
         tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
         tokenizer.decoder = decoders.WordPiece()
-        trainer = trainers.WordPieceTrainer(
-            vocab_size=self.vocab_size, special_tokens=self.marks.tokens(), show_progress=False
-        )
-        tokenizer.train_from_iterator(texts, trainer)
         return tokenizer
 
 
@@ -163,21 +185,24 @@ class Words(TrainableTokenizer):
     vocab_size: int | None = None
     min_frequency: int = 1
 
+    finds_marks_in_words: ClassVar[bool] = False
+
     def __post_init__(self) -> None:
         if self.vocab_size is not None:
             _at_least(self.vocab_size, len(self.marks.tokens()) + 1)
+        if self.min_frequency < 1:
+            raise ValueError(f"min_frequency={self.min_frequency} must be at least 1")
 
-    def build(self, texts: Iterator[list[str]]) -> Tokenizer:
-        tokenizer = Tokenizer(models.WordLevel(unk_token=self.marks.unknown))
-        # Between all blanks of Unicode, as str.split does, by which words are counted.
-        tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\s+"), behavior="removed")
-        trainer = trainers.WordLevelTrainer(
-            vocab_size=2**31 - 1 if self.vocab_size is None else self.vocab_size,
-            min_frequency=self.min_frequency,
-            special_tokens=self.marks.tokens(),
-            show_progress=False,
-        )
-        tokenizer.train_from_iterator(texts, trainer)
+    def build(self, texts: Iterable[list[str]]) -> Tokenizer:
+        # Counted here: the library's trainer gives a mark that stands in the text a second number.
+        counts = Counter(word for batch in texts for text in batch for word in text.split())
+        marks = self.marks.tokens()
+        words = [word for word, count in counts.items() if count >= self.min_frequency and word not in marks]
+        entries = [*marks, *sorted(words, key=lambda word: (-counts[word], word))][: self.vocab_size]
+        vocabulary = {entry: index for index, entry in enumerate(entries)}
+        tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=self.marks.unknown))
+        # Between all blanks of Unicode, as str.split does; four of them are none for a regular expression.
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\x1c-\x1f]+"), behavior="removed")
         return tokenizer
 
 
@@ -198,32 +223,37 @@ def run_tokenizer(
         ValueError: an unknown name, or one whose files hold no vocabulary.
     """
     place = Path(str(args.output_dir), FOLDER)
+    name = options.tokenizer_name or options.model_name_or_path or default
     with args.main_process_first(local=False, desc="tokenizer"):
-        if place.is_dir():
-            return AutoTokenizer.from_pretrained(str(place))
-        name = options.tokenizer_name or options.model_name_or_path or default
-        tokenizer = make_tokenizer(name, rows, with_marks=with_marks, revision=options.revision)
-        if args.should_save:
+        if not place.is_dir():
+            tokenizer = make_tokenizer(name, rows, with_marks=with_marks, revision=options.revision)
+            if not args.should_save:
+                return tokenizer
             incomplete = place.with_name(f"incomplete-{FOLDER}")
             shutil.rmtree(incomplete, ignore_errors=True)
             tokenizer.save_pretrained(str(incomplete))
             incomplete.rename(place)
-        return tokenizer
+        # Read by all processes, at each start, and without the folder's name in it: what was tokenised with an equal
+        # one is found in the cache.
+        saved = AutoTokenizer.from_pretrained(str(place))
+        saved.name_or_path = saved.init_kwargs["name_or_path"] = name
+        return saved
 
 
 def make_tokenizer(name: str, rows: Text, *, with_marks: bool, revision: str = "main") -> PreTrainedTokenizerBase:
     """The tokenizer of a name: on the hub, of a folder, or one of `trainable` with its options. Else as
     `run_tokenizer`."""
     if name.partition(":")[0] in trainable.names():
-        return trainable.parse(name).train(_batches(rows), with_marks=with_marks)
+        return trainable.parse(name).train(_Batches(rows), with_marks=with_marks)
     path = model_folder(name)
     if not Path(path).is_dir():
         kinds = ", ".join(trainable.names())
         hub.prepare(path, "tokenizer", f"give a folder, or have one trained on the text: --tokenizer_name {kinds}")
     try:
-        return _whole(AutoTokenizer.from_pretrained(path, revision=revision), name)
-    except (OSError, KeyError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
+    except Exception as error:  # of what is missing or malformed there are many kinds
         raise ValueError(f"no tokenizer can be loaded from {name!r}: {str(error).splitlines()[0]}") from None
+    return _whole(tokenizer, name)
 
 
 def _whole(tokenizer: Any, name: str) -> PreTrainedTokenizerBase:
@@ -235,11 +265,15 @@ def _whole(tokenizer: Any, name: str) -> PreTrainedTokenizerBase:
     return tokenizer  # type: ignore[no-any-return]
 
 
-def _batches(rows: Text) -> Iterator[list[str]]:
-    if isinstance(rows, IterableDataset):
-        rows = rows.take(STREAM_ROWS)
-    for batch in rows.iter(batch_size=BATCH):
-        yield [text for text in batch[TEXT] if text]
+class _Batches:
+    """The texts of some rows, to be read as often as needed."""
+
+    def __init__(self, rows: Text) -> None:
+        self._rows = rows.take(STREAM_ROWS) if isinstance(rows, IterableDataset) else rows
+
+    def __iter__(self) -> Iterator[list[str]]:
+        for batch in self._rows.iter(batch_size=BATCH):
+            yield [text for text in batch[TEXT] if text]
 
 
 def _special(marks: Marks) -> list[AddedToken]:

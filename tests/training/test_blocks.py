@@ -191,7 +191,7 @@ TEXTS = ["one two", "", "  \n", "three\u2003four five\x1csix", None, " seven "]
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerBase:
-    return trainable.parse("bytes").train(iter([[]]), with_marks=True)
+    return trainable.parse("bytes").train([[]], with_marks=True)
 
 
 @pytest.mark.parametrize("end", [None, 3])

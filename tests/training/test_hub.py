@@ -171,7 +171,7 @@ def test_a_model_in_the_cache_is_loaded_without_the_hub(tmp_path: Path, monkeypa
     snapshot = cached(tmp_path / "hub", "me/tiny")
     model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=8, n_positions=16, vocab_size=261))
     model.save_pretrained(snapshot)
-    trainable.parse("bytes").train(iter([[]]), with_marks=False).save_pretrained(snapshot)
+    trainable.parse("bytes").train([[]], with_marks=False).save_pretrained(snapshot)
     options = ModelArguments(model_name_or_path="me/tiny")
     with silent() as url:
         monkeypatch.setattr(constants, "ENDPOINT", url)

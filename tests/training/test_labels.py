@@ -29,7 +29,7 @@ def stream(train: list[Any], **others: list[Any]) -> dict[str, Text]:
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerBase:
-    return trainable.parse("words").train(iter([["text one two three four"]]), with_marks=True)
+    return trainable.parse("words").train([["text one two three four"]], with_marks=True)
 
 
 def numbers(part: Text, tokenizer: PreTrainedTokenizerBase, names: list[str]) -> list[int]:
@@ -162,7 +162,7 @@ def test_rows_are_what_the_tokenizer_gives_and_cut_at_the_length(tokenizer: PreT
 
 
 def test_a_blank_text_without_marks_is_one_token_of_padding(tokenizer: PreTrainedTokenizerBase) -> None:
-    bare = trainable.parse("words").train(iter([["text"]]), with_marks=False)
+    bare = trainable.parse("words").train([["text"]], with_marks=False)
     part = Dataset.from_dict({"text": ["", "text"], "label": ["a", "b"]})
     found = labels.tokenize_rows(part, bare, ["a", "b"], 5)
     assert [row["input_ids"] for row in found] == [[bare.pad_token_id], [bare.convert_tokens_to_ids("text")]]
