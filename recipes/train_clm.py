@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, default_data_collator
 from hf_gradguard.training import arguments, metrics
 from hf_gradguard.training.blocks import Layout, make_blocks
 from hf_gradguard.training.card import Origin
+from hf_gradguard.training.carried import CarryingTrainer, carried, check_carries
 from hf_gradguard.training.pretrained import apply_patch, block_size, make_model
 from hf_gradguard.training.text import load_text
 from hf_gradguard.training.tokenizer import run_tokenizer
@@ -35,6 +36,11 @@ class CausalArguments:
     """What only this recipe has."""
 
     block_size: int | None = arguments.option("Tokens of a block; by default the model's positions, at most 1024.")
+    carry_state: bool = arguments.option(
+        "Read the text in order, as many streams as there are rows, and carry a recurrent model's state from batch to "
+        "batch: backpropagation through time that is truncated at --block_size.",
+        False,
+    )
 
     def __post_init__(self) -> None:
         if self.block_size is not None and self.block_size < 2:
@@ -49,6 +55,9 @@ def main(words: Sequence[str] | None = None) -> dict[str, float]:
         text = load_text(data_options)
         tokenizer = run_tokenizer(args, model_options, text["train"], with_marks=False, default="bpe")
         model = make_model(model_options, AutoModelForCausalLM, tokenizer, is_decoder=True)
+        model.loss_type = (
+            "ForCausalLM"  # some classes do not say so, and Trainer then counts a target too many in each row
+        )
         size = block_size(model, causal.block_size, "--block_size")
         with args.main_process_first(desc="tokenising"):
             layout = Layout(size, overlap=1)  # every token of the text is a target once
@@ -56,8 +65,11 @@ def main(words: Sequence[str] | None = None) -> dict[str, float]:
             data = make_blocks(
                 text, tokenizer, layout, data_options, end=end, first=end, keep_rest=True, seed=args.seed
             )
+        if causal.carry_state:
+            check_carries(model)
+            data = carried(data, size, args, data_options)
         apply_patch(model, model_options.patch, lambda: first_batch(data["train"], args, default_data_collator))
-        trainer = RecipeTrainer(
+        trainer = (CarryingTrainer if causal.carry_state else RecipeTrainer)(
             model=model,
             args=args,
             train_dataset=data["train"],
@@ -65,7 +77,7 @@ def main(words: Sequence[str] | None = None) -> dict[str, float]:
             data_collator=default_data_collator,
             processing_class=tokenizer,
             compute_metrics=metrics.perplexity(lambda: trainer.evaluated.words),
-            preprocess_logits_for_metrics=metrics.row_sums(is_causal=True),
+            preprocess_logits_for_metrics=metrics.row_sums(is_causal=not causal.carry_state),
             guard=guard,
             origin=Origin(model_options, data_options, "text-generation", "AutoModelForCausalLM"),
         )

@@ -44,6 +44,7 @@ class ModelArguments:
         "Name on the hub, folder, or builtin:minilm. Fine-tuned, unless --from_scratch is given."
     )
     model_type: str | None = option("Kind of a new model, such as gpt2 or bert, in place of a name.")
+    cell: str | None = option("Cell of --model_type gradguard_recurrent: lstm, gru, rnn_tanh or rnn_relu.")
     config_overrides: str | None = option("Fields of its configuration: n_layer=100,n_embd=64")
     from_scratch: bool = option("Take only the configuration of --model_name_or_path, and draw new weights.", False)
     revision: str = option("Branch, tag or commit of a model on the hub.", "main")
@@ -60,6 +61,10 @@ class ModelArguments:
             both = "both are given" if self.model_type else "neither is"
             raise ValueError(
                 f"give either --model_name_or_path (a name, a folder) or --model_type (a new model), {both}"
+            )
+        if self.cell is not None and self.model_type != "gradguard_recurrent":
+            raise ValueError(
+                f"--cell {self.cell} goes with --model_type gradguard_recurrent, not with {self.model_type}"
             )
         if self.patch is not None:
             from hf_gradguard.patch.config import PatchConfig
@@ -129,6 +134,8 @@ class RecipeArguments(TrainingArguments):
     )
     restore_callback_states_from_checkpoint: bool = option("Go on with the state of callbacks.", True)
     early_stopping_patience: int | None = option("End when so many evaluations have brought nothing better.")
+    epoch_decay: float | None = option("Factor of the learning rate from epoch to epoch, in place of a schedule.")
+    epoch_decay_after: int = option("Epochs before the learning rate falls by it.", 1)
 
     def __post_init__(self) -> None:
         if self.disable_tqdm is None and not sys.stderr.isatty():
@@ -147,6 +154,10 @@ class RecipeArguments(TrainingArguments):
                 f"--early_stopping_patience {self.early_stopping_patience} needs evaluations with a checkpoint each: "
                 f"--eval_strategy is {evaluation}, --save_strategy is {saves}; give both as epoch, or as steps with "
                 "--eval_steps and --save_steps"
+            )
+        if self.epoch_decay is not None and not (0 < self.epoch_decay <= 1 and self.max_steps <= 0):
+            raise ValueError(
+                f"--epoch_decay {self.epoch_decay} must lie above 0, up to 1, and needs --num_train_epochs"
             )
         super().__post_init__()  # type: ignore[no-untyped-call]
 

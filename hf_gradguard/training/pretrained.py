@@ -67,7 +67,7 @@ def make_config(options: ModelArguments, **forced: Any) -> PreTrainedConfig:
     Raises:
         ValueError: an unknown kind, name or field.
     """
-    overrides = parse_overrides(options.config_overrides)
+    overrides = {**parse_overrides(options.config_overrides), **({"cell": options.cell} if options.cell else {})}
     if options.model_type is not None:
         if options.model_type not in CONFIG_MAPPING:
             close = nearest(options.model_type, CONFIG_MAPPING.keys())

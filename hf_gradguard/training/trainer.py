@@ -17,6 +17,7 @@ import torch
 import transformers
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import (
     EarlyStoppingCallback,
@@ -88,6 +89,21 @@ class RecipeTrainer(Trainer):
         )
         self.optimizer = kind(groups, **options)
         return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> Any:
+        """As Trainer's, or with `--epoch_decay` a rate that stays for some epochs and falls from each to the next."""
+        args: RecipeArguments = self.args  # type: ignore[assignment]
+        if args.epoch_decay is None or self.lr_scheduler is not None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        factor, after = args.epoch_decay, args.epoch_decay_after
+        updates = num_training_steps / args.num_train_epochs
+        optimizer = self.optimizer if optimizer is None else optimizer
+        assert optimizer is not None
+        self.lr_scheduler = LambdaLR(
+            optimizer,
+            lambda update: factor ** max(0, int(update / updates) + 1 - after),
+        )
+        return self.lr_scheduler
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Writes README.md into the output folder, in place of Trainer's."""
