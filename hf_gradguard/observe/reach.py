@@ -106,7 +106,7 @@ class TimeProfile:
     def _rest(self) -> str:
         left, before = float(self.relative[-1]), float(self.mean[1])
         if left == 0:
-            return "exactly zero"
+            return "zero to the precision it was measured in"
         # Beside a residual connection, which leads to the token itself alone, lag 1 is what tells of the mixing.
         beside = before > 0 and len(self.mean) > 2
         later = f" and {self.mean[-1] / before:#.2g} times what it is 1 token back" if beside else ""

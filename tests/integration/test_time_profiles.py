@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from transformers import Trainer
 from transformers.modeling_outputs import CausalLMOutput
 
-from hf_gradguard import GradGuard, GradGuardCallback, RunRecord
+from hf_gradguard import GradGuard, GradGuardCallback, RecurrentConfig, RecurrentForCausalLM, RunRecord
 from hf_gradguard.observe.time_profile import time_profile
 from tests.integration.test_loop import Loop, batches
 from tests.models import VOCABULARY, language_data, make
@@ -57,6 +57,12 @@ class Recurrent(nn.Module):
 
 def model_of(name: str) -> nn.Module:
     torch.manual_seed(0)
+    if name == "lstm":
+        return RecurrentForCausalLM(
+            RecurrentConfig(
+                vocab_size=VOCABULARY, hidden_size=8, layer_dropout=0.2, recurrent_dropout=0.2, embedding_dropout=0.2
+            )
+        )
     return Recurrent() if name == "recurrent" else make(name)
 
 
@@ -82,7 +88,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("name", ["gpt2", "opt", "llama", "recurrent"])
+@pytest.mark.parametrize("name", ["gpt2", "opt", "llama", "lstm", "recurrent"])
 def test_weights_are_bit_equal_and_the_profiles_those_of_the_windows(name: str, setting: str, tmp_path: Path) -> None:
     options = SETTINGS[setting]
     unwatched = trainer(model_of(name), tmp_path / "unwatched", **options)
