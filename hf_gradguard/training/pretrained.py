@@ -96,7 +96,7 @@ def make_model(
     Raises:
         ValueError: the task has no such model, the weights can't be read, or the tokenizer does not fit.
     """
-    config = make_config(options, **(vocabulary_fields(tokenizer) if is_new(options) else {}), **forced)
+    config = make_config(options, **{**(vocabulary_fields(tokenizer) if is_new(options) else {}), **forced})
     check_vocabulary(config, tokenizer)
     try:
         if is_new(options):
