@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import logging
 import os
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import transformers
 import yaml
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -68,18 +74,19 @@ def make_config(options: ModelArguments, **forced: Any) -> PreTrainedConfig:
         ValueError: an unknown kind, name or field.
     """
     overrides = {**parse_overrides(options.config_overrides), **({"cell": options.cell} if options.cell else {})}
-    if options.model_type is not None:
-        if options.model_type not in CONFIG_MAPPING:
-            close = nearest(options.model_type, CONFIG_MAPPING.keys())
-            raise ValueError(f"Transformers knows no --model_type {options.model_type!r}{close}")
-        kind = CONFIG_MAPPING[options.model_type]
-        return kind(**_fields(kind(), overrides, forced))
-    name = _located(options)
+    make: Callable[..., PreTrainedConfig]
+    if options.model_type is None:
+        make = functools.partial(_stored_config, _located(options), options.revision)
+    elif options.model_type in CONFIG_MAPPING:
+        make = CONFIG_MAPPING[options.model_type]
+    else:
+        close = nearest(options.model_type, CONFIG_MAPPING.keys())
+        raise ValueError(f"Transformers knows no --model_type {options.model_type!r}{close}")
+    fields = _fields(make(), overrides, forced)
     try:
-        fields = _fields(AutoConfig.from_pretrained(name, revision=options.revision), overrides, forced)
-        return AutoConfig.from_pretrained(name, revision=options.revision, **fields)  # type: ignore[no-any-return]
-    except OSError as error:
-        raise ValueError(f"no model can be loaded from {name!r}: {str(error).splitlines()[0]}") from None
+        return make(**fields)
+    except (StrictDataclassError, TypeError) as error:
+        raise ValueError(f"--config_overrides {options.config_overrides!r}: {error}") from error
 
 
 def make_model(
@@ -101,10 +108,7 @@ def make_model(
     try:
         if is_new(options):
             return auto.from_config(config)  # type: ignore[no-any-return]
-        name = _located(options)
-        return auto.from_pretrained(name, config=config, revision=options.revision)  # type: ignore[no-any-return]
-    except OSError as error:
-        raise ValueError(f"no model can be loaded from {name!r}: {str(error).splitlines()[0]}") from None
+        return _pretrained(options, auto, config)
     except ValueError as error:
         if not str(error).startswith("Unrecognized configuration class"):
             raise
@@ -141,36 +145,48 @@ def apply_patch(model: PreTrainedModel, patch: str | None, batch: Callable[[], M
 
 
 def parse_overrides(text: str | None) -> dict[str, Any]:
-    """The fields of `n_layer=100,activation_function=relu,tie_word_embeddings=false`, with the types of YAML."""
-    values: dict[str, Any] = {}
-    for part in filter(None, (part.strip() for part in (text or "").split(","))):
-        key, separator, value = part.partition("=")
-        if not separator:
-            raise ValueError(f"--config_overrides {text!r}: {part!r} is not of the form field=value")
-        values[key.strip()] = _number(value) if isinstance(found := yaml.safe_load(value), str) else found
-    return values
+    """The fields of `n_layer=100,activation_function=relu,tie_word_embeddings=false`, with the types of YAML, or those
+    of a mapping in JSON.
+
+    Raises:
+        ValueError: the text is of another form.
+    """
+    text = (text or "").strip()
+    try:
+        if text.startswith("{"):
+            return dict(yaml.safe_load(text))
+        parts = filter(None, (part.strip() for part in re.split(r",(?![^\[]*\])", text)))  # not within a list
+        return dict(_override(part) for part in parts)
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"--config_overrides {text!r}: {error}") from None
 
 
 def vocabulary_fields(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """The fields of a new model's configuration that its tokenizer decides."""
-    names = ("pad_token_id", "bos_token_id", "eos_token_id")
-    return {"vocab_size": len(tokenizer), **{name: getattr(tokenizer, name) for name in names}}
+    names = ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id")
+    marks = {name: getattr(tokenizer, name) for name in names}
+    return {"vocab_size": entries(tokenizer), **marks, "decoder_start_token_id": tokenizer.pad_token_id}
+
+
+def entries(tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many embeddings a model needs for a tokenizer, whose numbers may have gaps."""
+    return max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=0))
 
 
 def check_vocabulary(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raises ValueError where the tokenizer has tokens for which the model has no embedding."""
-    vocab_size = config.get_text_config().vocab_size
-    if len(tokenizer) > vocab_size:
+    vocab_size, needed = config.get_text_config().vocab_size, entries(tokenizer)
+    if needed > vocab_size:
         raise ValueError(
-            f"the tokenizer has {len(tokenizer):,} entries, the model's vocabulary only {vocab_size:,}: use the "
-            "tokenizer that the model was trained with, or train a new model (--model_type or --from_scratch)"
+            f"the tokenizer has {needed:,} entries, the model's vocabulary only {vocab_size:,}: use the tokenizer that "
+            "the model was trained with, or train a new model (--model_type or --from_scratch)"
         )
 
 
 def positions(model: PreTrainedModel) -> int | None:
     """How many tokens a text may have; None where the model sets no limit."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if limit is None:
+    if limit is None or limit < 1:  # XLNet says -1
         return None
     return int(limit) - _reserved(model)
 
@@ -206,19 +222,87 @@ def _located(options: ModelArguments) -> str:
     return name
 
 
+def _stored_config(name: str, revision: str, **fields: Any) -> PreTrainedConfig:
+    try:
+        with _quiet():
+            return AutoConfig.from_pretrained(name, revision=revision, **fields)  # type: ignore[no-any-return]
+    except (OSError, ValueError) as error:
+        raise _unreadable(name, error) from error
+
+
+def _pretrained(options: ModelArguments, auto: Any, config: PreTrainedConfig) -> PreTrainedModel:
+    name = _located(options)
+    try:
+        with _quiet():
+            model, found = auto.from_pretrained(
+                name,
+                config=config,
+                revision=options.revision,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+    except Exception as error:  # of what is missing or cut off there are many kinds
+        if str(error).startswith("Unrecognized configuration class"):
+            raise
+        raise _unreadable(name, error) from error
+    head = f"{model.base_model_prefix}."
+    for key, stored, wanted in sorted(found["mismatched_keys"]):
+        if key.startswith(head) or options.config_overrides:
+            raise ValueError(
+                f"{key} of {name!r} is {list(stored)}, and {list(wanted)} with --config_overrides "
+                f"{options.config_overrides}: leave them out, or draw new weights with --from_scratch"
+            )
+    new = {*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])}
+    if new:
+        logging.getLogger(__name__).warning("%s has no weights for %s: these begin anew", name, _few(new))
+    return model  # type: ignore[no-any-return]
+
+
+def _unreadable(name: str, error: Exception) -> ValueError:
+    return ValueError(f"no model can be loaded from {name!r}: {(str(error) or repr(error)).splitlines()[0]}")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the library's tables of what it has not found; this module tells it in a line."""
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(before)
+
+
 def _fields(config: PreTrainedConfig, overrides: Mapping[str, Any], forced: Mapping[str, Any]) -> dict[str, Any]:
     for name in overrides:
-        if not hasattr(config, name):
-            known = [key for key in config.to_dict() if not key.startswith("_")]
+        if not hasattr(config, name) or callable(getattr(config, name)):
+            known = sorted({*config.attribute_map, *(key for key in config.to_dict() if not key.startswith("_"))})
             raise ValueError(
                 f"--config_overrides: {type(config).__name__} has no field {name!r}{nearest(name, known)}. "
-                f"Known: {', '.join(sorted(known))}"
+                f"Known: {', '.join(known)}"
             )
-    return {**{name: value for name, value in forced.items() if hasattr(config, name)}, **overrides}
+    known_too = ("decoder_start_token_id",) if config.is_encoder_decoder else ()  # T5 does not begin with one
+    fitting = {name: value for name, value in forced.items() if hasattr(config, name) or name in known_too}
+    return {**fitting, **overrides}
 
 
-def _number(text: str) -> str | float:
+def _override(part: str) -> tuple[str, Any]:
+    key, separator, value = part.partition("=")
+    if not separator or not key.strip():
+        raise ValueError(f"{part!r} is not of the form field=value")
+    found = yaml.safe_load(value)
+    return key.strip(), _number(found) if found == value.strip() else found
+
+
+def _number(text: str) -> str | float | None:
+    if text.lower() == "none":
+        return None
     try:
         return float(text)  # 1e-5, which YAML takes for text
     except ValueError:
-        return text.strip()
+        return text
+
+
+def _few(names: Iterable[str]) -> str:
+    first = sorted(names)
+    return ", ".join(first[:4]) + (f" and {len(first) - 4} more" if len(first) > 4 else "")
