@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding
 
@@ -100,7 +101,7 @@ def main(words: Sequence[str] | None = None) -> dict[str, float]:
             eval_dataset=data["validation"],
             data_collator=collator,
             processing_class=tokenizer,
-            compute_loss_func=mean_over_targets,
+            compute_loss_func=partial(mean_over_targets, smoothing=args.label_smoothing_factor),
             compute_metrics=metrics.classification(),
             guard=guard,
             origin=Origin(model_options, data_options, "text-classification", "AutoModelForSequenceClassification"),

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from transformers import AutoModelForMaskedLM, default_data_collator
 
@@ -69,7 +70,7 @@ def main(words: Sequence[str] | None = None) -> dict[str, float]:
             eval_dataset=data["validation"],
             data_collator=default_data_collator,
             processing_class=tokenizer,
-            compute_loss_func=mean_over_targets,
+            compute_loss_func=partial(mean_over_targets, smoothing=args.label_smoothing_factor),
             compute_metrics=metrics.perplexity(lambda: None),  # a word may be masked in part
             preprocess_logits_for_metrics=metrics.row_sums(is_causal=False),
             guard=guard,

