@@ -686,8 +686,9 @@ def _log_ticks(low: float, high: float, most: int) -> list[float]:
 def _series_color(field: str, names: Sequence[str], hues: Sequence[str] = _HUES) -> alt.Color:
     names = list(dict.fromkeys(names))
     hues = [hues[number % len(hues)] for number in range(len(names))]
-    legend = alt.Legend(title=None, symbolType="stroke", symbolStrokeWidth=3) if len(names) > 1 else None
-    return alt.Color(f"{field}:N", scale=alt.Scale(domain=names, range=hues), legend=legend)
+    columns = 3 if len(names) > 4 else len(names)  # in one row, many names would be wider than the plot
+    legend = alt.Legend(title=None, symbolType="stroke", symbolStrokeWidth=3, columns=columns)
+    return alt.Color(f"{field}:N", scale=alt.Scale(domain=names, range=hues), legend=legend if len(names) > 1 else None)
 
 
 def _log_domain(tables: Sequence[Floats], *, outliers: float = 0.0, decades: int = _DECADES) -> tuple[float, float]:

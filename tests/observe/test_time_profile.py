@@ -509,6 +509,17 @@ def test_frozen_weights_change_nothing(name: str) -> None:
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
+def test_adapters_that_begin_as_nothing_change_nothing() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    expected = time_profile(make("llama"), batch()).norms
+    adapted = get_peft_model(make("llama"), LoraConfig(target_modules=["q_proj", "v_proj"]))
+    np.testing.assert_allclose(time_profile(adapted, batch()).norms, expected, rtol=1e-6)
+    np.testing.assert_allclose(
+        time_profile(adapted, batch(), wrt=2).norms, time_profile(make("llama"), batch(), wrt=2).norms, rtol=1e-6
+    )
+
+
 def test_a_cache_in_the_batch_is_not_written_to() -> None:
     model, given = make("gpt2").eval(), batch(1, 12)
     with torch.no_grad():
