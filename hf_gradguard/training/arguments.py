@@ -155,10 +155,8 @@ class RecipeArguments(TrainingArguments):
                 f"--eval_strategy is {evaluation}, --save_strategy is {saves}; give both as epoch, or as steps with "
                 "--eval_steps and --save_steps"
             )
-        if self.epoch_decay is not None and not (0 < self.epoch_decay <= 1 and self.max_steps <= 0):
-            raise ValueError(
-                f"--epoch_decay {self.epoch_decay} must lie above 0, up to 1, and needs --num_train_epochs"
-            )
+        if self.epoch_decay is not None and not 0 < self.epoch_decay <= 1:
+            raise ValueError(f"--epoch_decay {self.epoch_decay} must lie above 0, up to 1")
         super().__post_init__()  # type: ignore[no-untyped-call]
 
 

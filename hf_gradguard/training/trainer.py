@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
+import math
 import os
 import resource
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -35,6 +38,7 @@ from hf_gradguard.patch.optimizer import param_groups
 from hf_gradguard.training import card, checkpoints
 from hf_gradguard.training.arguments import RecipeArguments
 from hf_gradguard.training.preemption import EXIT_CODE, Preemption
+from hf_gradguard.training.tokenizer import FOLDER as TOKENIZER
 
 
 class RecipeTrainer(Trainer):
@@ -61,6 +65,15 @@ class RecipeTrainer(Trainer):
         if args.early_stopping_patience is not None:
             callbacks.append(EarlyStoppingCallback(args.early_stopping_patience))
         super().__init__(callbacks=callbacks, **kwargs)
+
+    def set_initial_training_values(self, args: TrainingArguments, dataloader: DataLoader[Any]) -> Any:
+        """As Trainer's; a run that has reached its end has no epoch left, where Trainer would make one more update."""
+        epochs, *others, max_steps = super().set_initial_training_values(args, dataloader)
+        assert isinstance(args, RecipeArguments)
+        checkpoint = args.resume_from_checkpoint
+        if checkpoint is not None and _has_ended(Path(checkpoint), max_steps, args.early_stopping_patience):
+            epochs = 0
+        return epochs, *others, max_steps
 
     @property
     def guard(self) -> GradGuard | None:
@@ -96,12 +109,13 @@ class RecipeTrainer(Trainer):
         if args.epoch_decay is None or self.lr_scheduler is not None:
             return super().create_scheduler(num_training_steps, optimizer)
         factor, after = args.epoch_decay, args.epoch_decay_after
-        updates = num_training_steps / args.num_train_epochs
+        rows = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
+        updates = math.ceil(len(self.train_dataset) / rows)  # type: ignore[arg-type]
         optimizer = self.optimizer if optimizer is None else optimizer
         assert optimizer is not None
         self.lr_scheduler = LambdaLR(
             optimizer,
-            lambda update: factor ** max(0, int(update / updates) + 1 - after),
+            lambda update: factor ** max(0, update // updates + 1 - after),
         )
         return self.lr_scheduler
 
@@ -117,7 +131,7 @@ def before_training() -> Iterator[None]:
     """What is wrong with the options or the data is one line and exit code 2, not a traceback."""
     try:
         yield
-    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
+    except (ValueError, OSError, ImportError) as error:
         if os.environ.get("GRADGUARD_TRACEBACK"):
             raise
         name = Path(sys.argv[0]).name
@@ -142,6 +156,8 @@ def begin(args: RecipeArguments, *options: Any) -> None:
     if str(args.resume_from_checkpoint).lower() in ("true", "auto"):
         args.resume_from_checkpoint = None
     with args.main_process_first(local=False, desc="output folder"):
+        if args.should_save:
+            _forget_false_start(Path(folder), essentials)
         checkpoints.claim(folder, essentials, is_main=args.should_save)
         if args.should_save:
             for line in checkpoints.set_aside(folder):
@@ -207,6 +223,28 @@ def say(args: TrainingArguments, text: str) -> None:
     """Prints a line, once for all processes."""
     if args.process_index == 0:
         print(text, flush=True)
+
+
+def _forget_false_start(folder: Path, essentials: Mapping[str, Any]) -> None:
+    """Empties the folder of a run that has not come to its first update and had other options: often they were wrong,
+    which is why it has not."""
+    own = folder / checkpoints.OWN_FILE
+    held = list(folder.iterdir()) if folder.is_dir() else []
+    if not own.is_file() or {path.name for path in held} - {own.name, TOKENIZER, f"incomplete-{TOKENIZER}"}:
+        return
+    if json.loads(own.read_text(encoding="utf-8")) == essentials:
+        return
+    own.unlink()
+    for path in held:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _has_ended(checkpoint: Path, max_steps: int, patience: int | None) -> bool:
+    """Whether a checkpoint is that of the last update, or of the evaluation that has stopped the run early."""
+    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    stopping = state.get("stateful_callbacks", {}).get("EarlyStoppingCallback", {}).get("attributes", {})
+    waited: int = stopping.get("early_stopping_patience_counter", 0)
+    return bool(state["global_step"] >= max_steps) or (patience is not None and waited >= patience)
 
 
 def _check_given(checkpoint: str) -> None:
