@@ -53,7 +53,8 @@ def time_profile(
     - Of a sequence classifier there is one loss a row, at its end: lag 0 is the last token that is not padding.
     - Lags count tokens that are not padding, whichever side that is on: where `attention_mask` is not zero; for a
       classifier without a mask, where `input_ids` are not `config.pad_token_id`, as Transformers pools; else all.
-    - A model that reads in both directions is refused: a token that comes later is at no lag.
+    - A model that reads in both directions is refused: a token that comes later is at no lag. (Of a classifier this can
+      be told where there is a list of layers in it, or a recurrent module of torch.)
 
     The loss is the bare one, without label smoothing, auxiliary losses or division by a number of tokens. Dropout is
     off. Gradients, weights, buffers, random state, training flags, hooks and `requires_grad` are afterwards as they
@@ -95,7 +96,7 @@ def time_profile(
             "tokens of both apart; a time profile needs a model that reads one sequence from left to right"
         )
     inputs, labels = _split(root, batch)
-    is_shifted = "shift_labels" not in batch and getattr(root, "loss_type", None) not in _UNSHIFTED
+    is_shifted = batch.get("shift_labels") is None and getattr(root, "loss_type", None) not in _UNSHIFTED
     # Every exception leaves through these: what they changed is put back.
     with unchanged(root), uncompiled(), _without_dropout(root), torch.enable_grad():
         run = _forward(root, inputs, wrt)
@@ -125,7 +126,7 @@ def _refuse_arguments(positions: int | Sequence[int], max_lag: int | None, wrt: 
 
 def _split(root: nn.Module, batch: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor]:
     """Inputs and labels, on the model's device."""
-    labels = batch.get("shift_labels", batch.get("labels"))
+    labels = batch.get("labels") if batch.get("shift_labels") is None else batch["shift_labels"]
     if not isinstance(labels, Tensor):
         raise ValueError(
             f"the batch has no labels (it has {', '.join(map(str, batch)) or 'nothing'}), so there is no loss; for a "

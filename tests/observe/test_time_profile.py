@@ -582,9 +582,11 @@ def test_an_encoder_that_classifies_is_refused(head: str) -> None:
         time_profile(getattr(tf, head)(config), {"input_ids": ids, "labels": labels}, positions=1)
 
 
-def test_a_bidirectional_recurrent_model_is_refused() -> None:
+@pytest.mark.parametrize("classes", [2, VOCABULARY])
+def test_a_bidirectional_recurrent_model_is_refused(classes: int) -> None:
+    given = batch() if classes > 2 else {**batch(), "labels": torch.tensor([0, 1, 1])}
     with pytest.raises(ValueError, match="Recurrent reads in both directions: what it makes of token"):
-        time_profile(recurrent(nn.LSTM, bidirectional=True), batch())
+        time_profile(recurrent(nn.LSTM, bidirectional=True, classes=classes), given)
 
 
 def test_a_model_without_an_input_embedding_is_refused() -> None:
