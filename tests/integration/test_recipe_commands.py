@@ -1,4 +1,4 @@
-"""Every command for training in README.md and recipes/README.md runs, shortened to a few updates, and its report opens."""
+"""Every command for training in both READMEs runs, shortened to a few updates, and its report opens."""
 
 from __future__ import annotations
 
@@ -26,6 +26,12 @@ def commands() -> list[list[str]]:
     blocks = re.findall(r"```bash\n(.*?)```", README, flags=re.S)
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     return [shlex.split(line) for line in lines if "recipes/train_" in line]
+
+
+def alone() -> list[list[str]]:
+    """Those that are for one process and bring their text along, one for each recipe."""
+    found = [command for command in commands() if command[0] == "python" and "builtin:" in str(command)]
+    return list({command[1]: command for command in found}.values())
 
 
 def run(command: list[str], folder: Path, environment: dict[str, str]) -> str:
@@ -77,9 +83,7 @@ def test_a_command_of_the_readme_runs(command: list[str], tmp_path: Path, enviro
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "command", [c for c in commands() if c[0] == "python" and "builtin:" in str(c)][1:], ids=lambda command: command[1]
-)
+@pytest.mark.parametrize("command", alone(), ids=lambda command: command[1])
 def test_a_command_of_the_readme_runs_on_two_processes(
     command: list[str], tmp_path: Path, environment: dict[str, str]
 ) -> None:
