@@ -56,6 +56,10 @@ class ClassifierArguments:
         "Tokens of a text, what is longer is cut off; by default the model's positions, at most 1024."
     )
 
+    def __post_init__(self) -> None:
+        if self.max_seq_length is not None and self.max_seq_length < 3:
+            raise ValueError(f"--max_seq_length {self.max_seq_length} must be at least 3: two marks and a token")
+
 
 def main(words: Sequence[str] | None = None) -> dict[str, float]:
     """Runs the recipe; returns the metrics of the last evaluation."""
@@ -68,6 +72,7 @@ def main(words: Sequence[str] | None = None) -> dict[str, float]:
         text = labels.without_unlabelled(text)
         names = labels.find_labels(text, data_options.source)
         tokenizer = run_tokenizer(args, model_options, text["train"], with_marks=True, default="wordpiece")
+        labels.ensure_padding(tokenizer)
         model = make_model(
             model_options,
             AutoModelForSequenceClassification,

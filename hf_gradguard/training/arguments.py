@@ -86,7 +86,11 @@ class DataArguments:
     validation_split_percentage: float = option("Share of the training rows to validate with, where it is needed.", 5.0)
     text_column_name: str | None = option("Column of the text; by default text, sentence or the only one of strings.")
     sample_by: Literal["line", "paragraph", "document"] = option("What of a text file is one row.", "line")
-    streaming: bool = option("Read the training text as it is needed, for one that is larger than memory.", False)
+    streaming: bool = option(
+        "Read the training text as it is needed, for one that is larger than memory; an epoch is then all of "
+        "--max_steps.",
+        False,
+    )
     shuffle_buffer: int = option("Rows among which a stream is shuffled.", 1000)
     preprocessing_num_workers: int | None = option("Processes that tokenise; by default one, with all its threads.")
     max_train_samples: int | None = option("Train with the first so many blocks or rows only.")
@@ -225,6 +229,8 @@ def parse(
     """
     kinds = [ModelArguments, DataArguments, own, training, GuardArguments]
     model, data, special, args, guard = parse_kinds(kinds, words, description)
+    if data.streaming and args.max_steps < 1:
+        raise ValueError("--streaming needs --max_steps: how long a stream is nobody knows before its end")
     return model, data, args, guard_config(guard), special
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -195,23 +196,29 @@ class StreamedBlocks(torch.utils.data.IterableDataset[dict[str, Tensor]]):
     Args:
         rows: what `tokenize` gave.
         layout: how they are cut.
+        is_endless: whether it begins again at the end, in another order. Trainer finds its place again after a resume
+            only in a stream that does not end before the training.
     """
 
-    def __init__(self, rows: IterableDataset, layout: Layout) -> None:
+    def __init__(self, rows: IterableDataset, layout: Layout, *, is_endless: bool = False) -> None:
         self._rows = rows
         self._layout = layout
+        self._is_endless = is_endless
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         layout, held = self._layout, np.empty(0, dtype=np.int32)
-        for row in self._rows:
-            held = np.concatenate([held, np.asarray(row[TOKENS], dtype=np.int32)])
-            while len(held) >= layout.inner:
-                yield _block(layout, held[: layout.inner])
-                held = held[layout.stride :]
-
-    def set_epoch(self, epoch: int) -> None:
-        """Has the stream shuffled anew."""
-        self._rows.set_epoch(epoch)
+        for times in itertools.count() if self._is_endless else range(1):
+            if self._is_endless:
+                self._rows.set_epoch(times)
+            is_empty = True
+            for row in self._rows:
+                is_empty = False
+                held = np.concatenate([held, np.asarray(row[TOKENS], dtype=np.int32)])
+                while len(held) >= layout.inner:
+                    yield _block(layout, held[: layout.inner])
+                    held = held[layout.stride :]
+            if is_empty:
+                return
 
 
 def make_blocks(
@@ -245,7 +252,7 @@ def make_blocks(
         is_train = split == "train"
         if isinstance(rows, IterableDataset) and is_train:
             rows = rows.shuffle(seed=seed, buffer_size=data.shuffle_buffer)
-            made[split] = StreamedBlocks(tokenize(rows, tokenizer, end), layout)
+            made[split] = StreamedBlocks(tokenize(rows, tokenizer, end), layout, is_endless=True)
             continue
         if isinstance(rows, IterableDataset):  # what is evaluated again and again is better kept
             rows = Dataset.from_list(list(rows))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import accelerate
@@ -62,7 +63,7 @@ def write(trainer: RecipeTrainer, origin: Origin, metrics: Mapping[str, float]) 
 
 def _head(name: str, origin: Origin, metrics: Mapping[str, float]) -> str:
     base, source = origin.model.model_name_or_path, origin.data.dataset_name
-    is_on_hub = [text is not None and not text.startswith(("builtin:", ".", "/")) for text in (base, source)]
+    is_on_hub = [text is not None and not text.startswith("builtin:") and not _is_path(text) for text in (base, source)]
     split = "test" if any(key.startswith("test_") for key in metrics) else "eval"
     results = [
         EvalResult(
@@ -140,6 +141,10 @@ def _table(title: str, rows: Mapping[str, str]) -> list[str]:
     if not rows:
         return []
     return [f"## {title}\n", "| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items()), ""]
+
+
+def _is_path(name: str) -> bool:
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).exists()
 
 
 def _is_told(key: str) -> bool:

@@ -57,6 +57,21 @@ def find_labels(text: Mapping[str, Text], source: str) -> list[str]:
     return names
 
 
+def ensure_padding(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Pads with the mark of an end where the tokenizer has none of its own, as GPT-2's.
+
+    Raises:
+        ValueError: it has no such mark either.
+    """
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise ValueError(
+                "the tokenizer has no pad_token and no eos_token, one of which a batch of texts of several lengths "
+                "needs: give another --tokenizer_name"
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+
+
 def tokenize_rows(
     rows: Text, tokenizer: PreTrainedTokenizerBase, labels: list[str], length: int, workers: int | None = None
 ) -> Text:

@@ -102,11 +102,6 @@ class MaskedStream(torch.utils.data.IterableDataset[Row]):
         for index, row in enumerate(self._blocks):
             yield self.masks(row, index)
 
-    def set_epoch(self, epoch: int) -> None:
-        """Has the stream shuffled and masked anew."""
-        self._blocks.set_epoch(epoch)
-        self.masks.epoch = epoch
-
 
 def masked(blocks: Blocks | StreamedBlocks, masks: Masks) -> MaskedBlocks | MaskedStream:
     """Blocks with masks, read in the way of what is given."""

@@ -138,13 +138,16 @@ def _read(split: str, paths: list[str], kind: str, data: DataArguments) -> Text:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """What can't be read is told by an error; without lines of the library's log before it."""
-    before = datasets.logging.get_verbosity()
+    """What can't be read is told by an error; without lines of the library's log before it. And the library's server,
+    which may be out of reach, is not told of each file that is read."""
+    before, counts = datasets.logging.get_verbosity(), datasets.config.HF_UPDATE_DOWNLOAD_COUNTS
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
     try:
         yield
     finally:
         datasets.logging.set_verbosity(before)
+        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = counts
 
 
 def _text_column(rows: Text, data: DataArguments) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import pickle
 import random
 from pathlib import Path
@@ -267,14 +268,21 @@ def test_of_a_stream_only_the_training_rows_are_read_as_they_are_needed(tokenize
     made = make_blocks(text, tokenizer, Layout(7), data, end=3, seed=1)
     assert isinstance(made["train"], StreamedBlocks)
     assert isinstance(made["validation"], Blocks)
-    texts = tokenizer.batch_decode([row["input_ids"] for row in made["train"]])
-    assert sorted(texts) == sorted(f"row {index:02}</s>" for index in range(20))
-    made["train"].set_epoch(1)
-    again = tokenizer.batch_decode([row["input_ids"] for row in made["train"]])
-    assert sorted(again) == sorted(texts)
-    assert again != texts, "shuffled anew in each epoch"
-    other = make_blocks(text, tokenizer, Layout(7), data, end=3, seed=2)["train"]
-    assert tokenizer.batch_decode([row["input_ids"] for row in other]) != texts
+    read = _texts(made["train"], tokenizer, 60)
+    passes = [read[start : start + 20] for start in (0, 20, 40)]
+    for texts in passes:
+        assert sorted(texts) == sorted(f"row {index:02}</s>" for index in range(20))
+    assert passes[0] != passes[1] != passes[2] != passes[0], "shuffled anew each time"
+    assert _texts(made["train"], tokenizer, 60) == read, "and in the same way by another start"
+    assert _texts(make_blocks(text, tokenizer, Layout(7), data, end=3, seed=2)["train"], tokenizer, 60) != read
+
+
+def test_an_endless_stream_loses_nothing_between_its_rounds(tokenizer: PreTrainedTokenizerBase) -> None:
+    stream = tokenized([[10, 11, 12], [13, 14]]).to_iterable_dataset()
+    blocks = StreamedBlocks(stream, Layout(4), is_endless=True)
+    first = [row["input_ids"].tolist() for row in itertools.islice(blocks, 5)]
+    assert first == [[10, 11, 12, 13], [14, 10, 11, 12], [13, 14, 10, 11], [12, 13, 14, 10], [11, 12, 13, 14]]
+    assert list(StreamedBlocks(tokenized([[]]).to_iterable_dataset().take(0), Layout(4), is_endless=True)) == []
 
 
 def _data(**options: Any) -> DataArguments:
@@ -283,3 +291,7 @@ def _data(**options: Any) -> DataArguments:
 
 def _all(rows: Blocks | StreamedBlocks | IterableDataset) -> list[dict[str, torch.Tensor]]:
     return [rows[index] for index in range(len(rows))]  # type: ignore[index, arg-type]
+
+
+def _texts(stream: Any, tokenizer: PreTrainedTokenizerBase, count: int) -> list[str]:
+    return list(tokenizer.batch_decode([row["input_ids"] for row in itertools.islice(stream, count)]))
