@@ -56,7 +56,7 @@ def write(trainer: RecipeTrainer, origin: Origin, metrics: Mapping[str, float]) 
             *_gradients(trainer),
             *_table("Training", _options(trainer)),
             "## Use\n",
-            _use(name, origin),
+            _use(str(trainer.args.hub_model_id or name), origin),
         ]
     )
 
