@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 from datasets import ClassLabel, Dataset, Features, List, Value
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hf_gradguard.training import labels
 from hf_gradguard.training.text import Text
@@ -152,7 +154,7 @@ def test_rows_are_what_the_tokenizer_gives_and_cut_at_the_length(tokenizer: PreT
     texts = ["text one", "two three four text one", "", None]
     part = Dataset.from_dict({"text": texts, "label": ["a", "b", "a", "b"]})
     found = labels.tokenize_rows(part, tokenizer, ["a", "b"], 5)
-    assert set(found.column_names) <= {"input_ids", "labels", "token_type_ids"}
+    assert found.column_names == ["input_ids", "labels"]
     for row, text in zip(found, texts, strict=True):
         assert row["input_ids"] == tokenizer(text or "", truncation=True, max_length=5)["input_ids"]
     assert [len(row["input_ids"]) for row in found] == [4, 5, 2, 2]
@@ -166,3 +168,21 @@ def test_a_blank_text_without_marks_is_one_token_of_padding(tokenizer: PreTraine
     part = Dataset.from_dict({"text": ["", "text"], "label": ["a", "b"]})
     found = labels.tokenize_rows(part, bare, ["a", "b"], 5)
     assert [row["input_ids"] for row in found] == [[bare.pad_token_id], [bare.convert_tokens_to_ids("text")]]
+
+
+def test_a_column_of_zeros_is_left_out_and_one_that_says_something_is_kept(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    part = rows(["a", "b"])
+    tokenizer.save_pretrained(tmp_path)
+    named = {"model_input_names": ["input_ids", "token_type_ids", "attention_mask"]}
+    zeros = AutoTokenizer.from_pretrained(tmp_path, **named)
+    assert zeros("text")["token_type_ids"] == [0, 0, 0]
+    assert labels.tokenize_rows(part, zeros, ["a", "b"], 8).column_names == ["input_ids", "labels"]
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    content["post_processor"]["single"][-1]["SpecialToken"]["type_id"] = 2  # as XLNet has it
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    kinds = AutoTokenizer.from_pretrained(tmp_path, **named)
+    found = labels.tokenize_rows(part, kinds, ["a", "b"], 8)
+    assert [row["token_type_ids"] for row in found] == [kinds(text)["token_type_ids"] for text in part["text"]]
+    assert found[0]["token_type_ids"][-1] == 2
