@@ -295,3 +295,14 @@ def _all(rows: Blocks | StreamedBlocks | IterableDataset) -> list[dict[str, torc
 
 def _texts(stream: Any, tokenizer: PreTrainedTokenizerBase, count: int) -> list[str]:
     return list(tokenizer.batch_decode([row["input_ids"] for row in itertools.islice(stream, count)]))
+
+
+def test_what_several_processes_have_tokenised_becomes_the_same_blocks(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    Dataset.from_dict({"text": [f"row {index} " * (index % 7) for index in range(100)]}).save_to_disk(str(tmp_path))
+    rows = datasets.load_from_disk(str(tmp_path))
+    layout = Layout(16, overlap=1)
+    alone, shared = (Blocks(tokenize(rows, tokenizer, 3, workers), layout, first=3) for workers in (None, 2))
+    assert (len(alone), alone.words) == (len(shared), shared.words)
+    assert as_lists(_all(alone)) == as_lists(_all(shared))
