@@ -33,6 +33,7 @@ from transformers import (
 from hf_gradguard.callback import GradGuardCallback
 from hf_gradguard.config import GradGuardConfig
 from hf_gradguard.guard import GradGuard
+from hf_gradguard.integrations.checkpoint import save_held
 from hf_gradguard.patch.applied import applied_to
 from hf_gradguard.patch.optimizer import param_groups
 from hf_gradguard.training import card, checkpoints
@@ -89,6 +90,13 @@ class RecipeTrainer(Trainer):
         found: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         self.results.update({key: value for key, value in found.items() if isinstance(value, (int, float))})
         return found
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As Trainer's. A checkpoint, of which the model is written first, gets the gradients that the guard holds as
+        well: written when all else is, they would be missing after a kill from one that looks whole."""
+        super().save_model(output_dir, _internal_call)
+        if _internal_call and output_dir is not None and self.guard is not None:
+            save_held(self.guard, Path(output_dir), is_main=self.args.should_save)
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
         """As Trainer's; a patched model, whose rates may be scaled by depth and width, gets the groups made for it."""

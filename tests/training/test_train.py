@@ -204,6 +204,26 @@ def test_a_run_that_died_goes_on_and_ends_with_the_same_weights(
     assert_same_weights(tmp_path / "whole" / "out" / "checkpoint-10", tmp_path / "died" / "out" / "checkpoint-10")
 
 
+def test_a_run_that_died_when_its_checkpoint_looked_whole_goes_on_with_the_gradients_held_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between Trainer's last file and what callbacks do after it; in window 3 of pairs of windows one is held back."""
+    more = ("--accumulate", "fixed:windows=2")
+    options = {"save_steps": "3", "eval_steps": "9", "max_steps": "9", "load_best_model_at_end": "false"}
+    run("mlm", tmp_path / "whole", *more, **options)
+
+    def dying(*args: Any, **kwargs: Any) -> None:
+        raise Interrupted
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hf_gradguard.GradGuardCallback, "on_save", dying)
+        with pytest.raises(Interrupted):
+            run("mlm", tmp_path / "died", *more, **options)
+    assert checkpoints(tmp_path / "died" / "out") == [3]
+    run("mlm", tmp_path / "died", *more, **options)
+    assert_same_weights(tmp_path / "whole" / "out", tmp_path / "died" / "out")
+
+
 def test_a_run_that_died_after_its_last_update_is_finished_without_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
