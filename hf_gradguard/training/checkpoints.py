@@ -13,8 +13,19 @@ from safetensors import SafetensorError, safe_open
 from transformers.trainer_callback import ExportableState, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from hf_gradguard.integrations.checkpoint import DIRECTORY as GUARD
+
 OWN_FILE = "recipe.json"
 """Marks a folder as that of a recipe, and holds what a run of it can't change when it goes on."""
+WEIGHTS = {
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+    "adapter_model.safetensors",
+    "adapter_model.bin",
+}
+"""Files of which a checkpoint has one."""
 _NAME = re.compile(rf"^{PREFIX_CHECKPOINT_DIR}-(\d+)$")
 
 
@@ -45,7 +56,8 @@ def claim(folder: str, essentials: dict[str, Any], *, is_main: bool) -> None:
     if own.is_file():
         _compare(json.loads(own.read_text(encoding="utf-8")), essentials, folder)
         return
-    held = sorted(item.name for item in path.iterdir()) if path.is_dir() else []
+    incomplete = own.with_suffix(".incomplete")
+    held = sorted(item.name for item in path.iterdir() if item != incomplete) if path.is_dir() else []
     if path.exists() and not path.is_dir():
         raise ValueError(f"--output_dir {folder!r} is a file: give a folder")
     if held and last_whole(folder) is None:
@@ -56,16 +68,15 @@ def claim(folder: str, essentials: dict[str, Any], *, is_main: bool) -> None:
         )
     if is_main:
         path.mkdir(parents=True, exist_ok=True)
-        incomplete = own.with_suffix(".incomplete")
         incomplete.write_text(json.dumps(essentials, indent=2), encoding="utf-8")
         incomplete.replace(own)
 
 
 def _compare(before: dict[str, Any], now: dict[str, Any], folder: str) -> None:
     for name in now:
-        if before.get(name) != now[name]:
+        if name in before and before[name] != now[name]:
             raise ValueError(
-                f"--output_dir {folder!r} holds a run with --{name} {before.get(name)}, and now it is {now[name]}: "
+                f"--output_dir {folder!r} holds a run with --{name} {before[name]}, and now it is {now[name]}: "
                 "give another folder, or the same options to go on with that run"
             )
 
@@ -100,16 +111,29 @@ def what_is_broken(checkpoint: Path) -> str | None:
     for path in sorted(checkpoint.rglob("*")):
         if path.is_file() and not _is_whole(path):
             return f"{path.relative_to(checkpoint)} is cut off"
+    missing = _missing(checkpoint, json.loads(state.read_text(encoding="utf-8")))
+    return f"{missing} is missing" if missing else None
+
+
+def _missing(checkpoint: Path, state: dict[str, Any]) -> str | None:
+    """A file that ought to be there and is not. Of what is written by other means (shards of FSDP and DeepSpeed lie in
+    folders of their own) nothing is known, and nothing of the optimizer with `save_only_model`."""
+    names = {path.name for path in checkpoint.iterdir()}
     index = checkpoint / "model.safetensors.index.json"
     if index.is_file():
-        missing = set(json.loads(index.read_text())["weight_map"].values()) - {p.name for p in checkpoint.iterdir()}
-        if missing:
-            return f"{sorted(missing)[0]} is missing"
-    callbacks = json.loads(state.read_text(encoding="utf-8")).get("stateful_callbacks", {})
-    count = callbacks.get("Processes", {}).get("args", {}).get("count", 1)
-    states = [f"rng_state_{rank}.pth" for rank in range(count)] if count > 1 else []
-    missing_ranks = [name for name in states if (checkpoint / states[0]).exists() and not (checkpoint / name).exists()]
-    return f"{missing_ranks[0]} is missing" if missing_ranks else None
+        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        if shards - names:
+            return str(min(shards - names))
+    if any(path.is_dir() and path.name != GUARD for path in checkpoint.iterdir()):
+        return None
+    if not names & WEIGHTS:
+        return "model.safetensors"
+    count = (
+        state.get("stateful_callbacks", {}).get("Processes", {}).get("args", {}).get("count", 0)
+    )  # 0: not a recipe's
+    ranks = {"rng_state.pth"} if count == 1 else {f"rng_state_{rank}.pth" for rank in range(count)}
+    needed = {"optimizer.pt", "scheduler.pt", *ranks}
+    return min(needed - names) if needed & names and needed - names else None
 
 
 def _is_whole(path: Path) -> bool:

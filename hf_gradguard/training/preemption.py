@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 from types import FrameType
 from typing import Any
 
@@ -31,7 +32,8 @@ class Preemption(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._original = signal.signal(signal.SIGTERM, self._hear)
+        if threading.current_thread() is threading.main_thread():  # Python hears signals nowhere else
+            self._original = signal.signal(signal.SIGTERM, self._hear) or signal.SIG_DFL
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._all_know(args):
