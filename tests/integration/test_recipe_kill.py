@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import random
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -46,9 +47,8 @@ def text(tmp_path: Path) -> Path:
 
 def start(recipe: str, folder: Path, text: Path) -> multiprocessing.process.BaseProcess:
     def run() -> None:
-        log = os.open(folder.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
+        log = folder.with_suffix(".log").open("a", buffering=1, encoding="utf-8")
+        sys.stdout = sys.stderr = log  # those of the parent belong to pytest
         RECIPES[recipe](words(recipe, folder, text))
 
     process = multiprocessing.get_context("fork").Process(target=run)
