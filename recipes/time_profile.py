@@ -122,7 +122,7 @@ def train(model: PreTrainedModel, rows: Rows, rate: float, args: argparse.Namesp
             per_device_train_batch_size=BATCH,
             learning_rate=rate,
             lr_scheduler_type="constant_with_warmup",
-            warmup_steps=min(20, args.steps // 5),
+            warmup_steps=min(args.warm_up, args.steps // 5),
             max_grad_norm=1.0,
             logging_strategy="no",
             save_strategy="no",
@@ -200,6 +200,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--rates", type=float, nargs="+", default=[2e-3, 5e-3, 1e-2], help="learning rates (default: 2e-3 5e-3 1e-2)"
     )
+    parser.add_argument("--warm-up", type=int, default=20, help="updates in which the rate rises (default: 20)")
     parser.add_argument("--width", type=int, default=128, help="of all models (default: 128)")
     parser.add_argument("--layers", type=int, default=1, help="recurrent layers; GPT-2 has twice as many (default: 1)")
     parser.add_argument("--length", type=int, default=160, help="tokens of a row (default: 160)")
